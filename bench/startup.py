@@ -1,0 +1,48 @@
+"""From the start of the server process to the first token of a chat, over gRPC, as a user would wait for it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from vivace.bench.result import Figure, figure
+from vivace.serving.client import Client
+
+STOP_S = 30
+
+
+def measure(model: Path, runs: int) -> list[Figure]:
+    """Seconds to ready and to the first token; the first run warms the page cache and is not counted."""
+    timed = [_one(model) for _ in range(runs + 1)][1:]
+    ready, first, itl = zip(*timed, strict=True)
+    return [
+        figure("process start to ready, s", ready),
+        figure("process start to first token, s", first),
+        figure("median ITL of the reply, ms", itl),
+    ]
+
+
+def _one(model: Path) -> tuple[float, float, float]:
+    start = time.monotonic()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vivace", "serve", str(model), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()  # the only line: it names the port, once the engine is ready
+        ready = time.monotonic() - start
+        times = []
+        with Client(line.rsplit(maxsplit=1)[-1]) as client:
+            messages = [{"role": "user", "content": "How many days does delivery take?"}]
+            for event in client.chat(messages, temperature=0, max_tokens=32):
+                if event.token_ids:
+                    times.append(time.monotonic())
+    finally:
+        server.terminate()
+        server.wait(STOP_S)
+    gaps = [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+    return ready, times[0] - start, median(gaps)

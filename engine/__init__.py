@@ -1,0 +1,1 @@
+"""One model, one loop: requests, scheduler, KV cache, models, sampling, the engine process."""

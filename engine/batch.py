@@ -1,0 +1,191 @@
+"""Scheduled chunks to arrays: the only place where a request becomes a tensor.
+
+Every running request has a row in tables that stay: its blocks, and how it samples. A step copies the rows it needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vivace.engine.request import Request
+from vivace.engine.scheduler import Chunk
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """How each row of logits is sampled; int32, fp32 and int64 arrays as `kernels.sample` wants them."""
+
+    temperature_R: Array
+    top_k_R: Array
+    top_p_R: Array
+    min_p_R: Array
+    seeds_R: Array
+    positions_R: Array
+    bias_starts: Array
+    bias_ids: Array
+    bias_values: Array
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows of logits, after those that sample, that belong to one request's prompt."""
+
+    request: Request
+    first_position: int  # of the token that the first row predicts
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. The first `num_sampled` rows of logits are of `sampled`, in order; then come the prompts' rows."""
+
+    chunks: Sequence[Chunk]
+    inputs: dict[str, Array]  # by the names of the program's inputs
+    sampled: Sequence[Chunk]
+    prompt_rows: Sequence[PromptRows]
+    sampling: SamplingRows
+    num_logprobs: int | None  # the most best tokens that a row wants; None: no row wants logprobs
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that sample."""
+        return len(self.sampled)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits in all."""
+        return len(self.inputs["rows"])
+
+
+class Batcher:
+    """Owns the tables. `max_blocks` is the most blocks that one request can hold."""
+
+    def __init__(self, max_running: int, max_blocks: int, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._blocks = np.zeros((max_running, max_blocks), np.int32)
+        self._temperature = np.zeros(max_running, np.float32)
+        self._top_k = np.zeros(max_running, np.int32)
+        self._top_p = np.ones(max_running, np.float32)
+        self._min_p = np.zeros(max_running, np.float32)
+        self._seed = np.zeros(max_running, np.int64)
+
+    def build(self, chunks: Sequence[Chunk]) -> Batch:
+        """Arrays of one step, in the order of `chunks`."""
+        tokens: list[int] = []
+        for chunk in chunks:
+            request = chunk.request
+            if request.num_tabled < len(request.blocks):
+                self._enter(request)
+            if chunk.num_tokens == 1:
+                tokens.append(request.tokens[request.num_computed])
+            else:
+                tokens += request.tokens[request.num_computed : chunk.end]
+        slots_B = np.array([chunk.request.slot for chunk in chunks], np.intp)
+        starts_B = np.array([chunk.request.num_computed for chunk in chunks], np.int32)
+        counts_B = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+        query_starts = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(counts_B, out=query_starts[1:])
+        positions_T = np.arange(len(tokens), dtype=np.int32)
+        positions_T += np.repeat(starts_B - query_starts[:-1], counts_B)
+        context_lens_B = starts_B + counts_B
+        table = self._blocks[slots_B, : -(-int(context_lens_B.max()) // self._block_tokens)]
+        block_T = table[np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens]
+        sampled, rows, prompt_rows = _rows(chunks, query_starts)
+        return Batch(
+            chunks=chunks,
+            inputs={
+                "tokens": np.array(tokens, np.int32),
+                "positions": positions_T,
+                "slots": block_T * self._block_tokens + positions_T % self._block_tokens,
+                "block_tables": table,
+                "query_starts": query_starts,
+                "context_lens": context_lens_B,
+                "rows": rows,
+            },
+            sampled=sampled,
+            prompt_rows=prompt_rows,
+            sampling=self._sampling(sampled, len(rows)),
+            num_logprobs=_num_logprobs(sampled, prompt_rows),
+        )
+
+    def _enter(self, request: Request) -> None:
+        """Write what the tables do not know yet: all of a request that has just started, else its new blocks."""
+        known = request.num_tabled
+        self._blocks[request.slot, known : len(request.blocks)] = request.blocks[known:]
+        request.num_tabled = len(request.blocks)
+        if known == 0:
+            sampling = request.sampling
+            self._temperature[request.slot] = sampling.temperature
+            self._top_k[request.slot] = sampling.top_k
+            self._top_p[request.slot] = sampling.top_p
+            self._min_p[request.slot] = sampling.min_p
+            self._seed[request.slot] = np.uint64(sampling.seed).astype(np.int64)
+
+    def _sampling(self, sampled: Sequence[Chunk], num_rows: int) -> SamplingRows:
+        slots = np.array([chunk.request.slot for chunk in sampled], np.intp)
+        bias_starts, bias_ids = _forbidden(sampled, num_rows)
+        return SamplingRows(
+            temperature_R=_padded(self._temperature[slots], num_rows, 0),
+            top_k_R=_padded(self._top_k[slots], num_rows, 0),
+            top_p_R=_padded(self._top_p[slots], num_rows, 1),
+            min_p_R=_padded(self._min_p[slots], num_rows, 0),
+            seeds_R=_padded(self._seed[slots], num_rows, 0),
+            positions_R=_padded(np.array([c.end for c in sampled], np.int32), num_rows, 0),
+            bias_starts=bias_starts,
+            bias_ids=bias_ids,
+            bias_values=np.full(len(bias_ids), -np.inf, np.float32),
+        )
+
+
+def _rows(
+    chunks: Sequence[Chunk], query_starts: Array
+) -> tuple[list[Chunk], Array, list[PromptRows]]:
+    """Which rows need logits: the last of each chunk that samples, then those that predict wanted prompt tokens."""
+    sampled: list[Chunk] = []
+    rows: list[int] = []
+    prompt_rows: list[PromptRows] = []
+    of_prompts: list[int] = []
+    for i, chunk in enumerate(chunks):
+        if chunk.samples:
+            sampled.append(chunk)
+            rows.append(int(query_starts[i + 1]) - 1)
+        request = chunk.request
+        if request.wants_prompt_logprobs:
+            # The row at position p predicts token p + 1; what is recorded already (before a preemption) is skipped.
+            first = max(request.num_computed + 1, len(request.prompt_logprobs))
+            last = min(chunk.end, request.num_prompt_tokens - 1)
+            if last >= first:
+                prompt_rows.append(PromptRows(request, first, last - first + 1))
+                offset = int(query_starts[i]) - request.num_computed - 1
+                of_prompts += range(offset + first, offset + last + 1)
+    return sampled, np.array(rows + of_prompts, np.int32), prompt_rows
+
+
+def _num_logprobs(sampled: Sequence[Chunk], prompt_rows: Sequence[PromptRows]) -> int | None:
+    wanted = [chunk.request.sampling.logprobs for chunk in sampled]
+    wanted += [rows.request.sampling.prompt_logprobs for rows in prompt_rows]
+    return max((count for count in wanted if count is not None), default=None)
+
+
+def _forbidden(sampled: Sequence[Chunk], num_rows: int) -> tuple[Array, Array]:
+    """Stop tokens of the rows that have not reached their min_tokens, row by row."""
+    starts = np.zeros(num_rows + 1, np.int32)
+    ids: list[int] = []
+    for i, chunk in enumerate(sampled):
+        sampling = chunk.request.sampling
+        if sampling.min_tokens and chunk.request.num_generated < sampling.min_tokens:
+            ids += sampling.stop_token_ids
+        starts[i + 1] = len(ids)
+    starts[len(sampled) + 1 :] = len(ids)
+    return starts, np.array(ids, np.int32)
+
+
+def _padded(array: Array, num_rows: int, value: float) -> Array:
+    """Rows of prompts follow those that sample; they are drawn greedily and the draw is thrown away."""
+    if len(array) == num_rows:
+        return array
+    return np.concatenate((array, np.full(num_rows - len(array), value, array.dtype)))

@@ -1,0 +1,266 @@
+"""The native engine: schedule, run, sample, commit. One `step` is one forward pass.
+
+Synchronous, deterministic, free of I/O. Time comes in as an argument; the clock is read only to report how long a
+request took, never to decide anything.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vivace.engine.batch import Batch, Batcher
+from vivace.engine.blocks import BlockPool
+from vivace.engine.config import Config
+from vivace.engine.errors import InvalidRequest
+from vivace.engine.events import (
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    Loads,
+    TokenEvent,
+    Usage,
+)
+from vivace.engine.models import weights
+from vivace.engine.models.decoder import emit
+from vivace.engine.models.spec import read_generation_defaults, read_spec
+from vivace.engine.plan import Plan, make_plan, num_parameters, read_machine
+from vivace.engine.prefix import PrefixIndex
+from vivace.engine.request import Request
+from vivace.engine.runner import Runner
+from vivace.engine.sampler import RowLogprobs, Sampler
+from vivace.engine.scheduler import Chunk, Scheduler
+from vivace.kernels import backend
+
+Clock = Callable[[], float]
+SALT_KEY_BYTES = 32
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Totals since the start; the engine loop alone writes them."""
+
+    num_steps: int = 0
+    num_tokens_computed: int = 0
+    num_tokens_generated: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_requests_finished: int = 0
+    num_requests_aborted: int = 0
+
+
+class EngineCore:
+    """Owned by one thread. `progress` alone may be called from another."""
+
+    def __init__(
+        self, config: Config, plan: Plan, runner: Runner, *, info: EngineInfo, clock: Clock
+    ) -> None:
+        self.info = info
+        block_tokens = config.cache.block_tokens
+        self._prefix = PrefixIndex(block_tokens, os.urandom(SALT_KEY_BYTES))
+        self._pool = BlockPool(plan.num_blocks, self._prefix)
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._pool,
+            self._prefix,
+            block_tokens=block_tokens,
+            prefix_sharing=config.cache.prefix_sharing,
+        )
+        self._batcher = Batcher(config.scheduler.max_running, plan.max_blocks, block_tokens)
+        self._runner = runner
+        self._sampler = Sampler(runner.ops, plan.max_rows, info.vocab_size)
+        self._clock = clock
+        self._ended: list[tuple[str, FinishReason]] = []  # to be dropped by the next step
+        self._counters = _Counters()
+        self.progress = runner.ops.progress  # a count of finished ops
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._ended or self._scheduler.num_running or self._scheduler.num_waiting)
+
+    def add(self, request: EngineRequest, now: float) -> None:
+        """Queue a request. Raises Overloaded or InvalidRequest."""
+        most = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if most > self.info.max_context_tokens:
+            raise InvalidRequest(
+                f"prompt and max_tokens must fit the context of {self.info.max_context_tokens} "
+                f"tokens, got {most}"
+            )
+        self._scheduler.add(
+            Request(
+                id=request.request_id,
+                tokens=list(request.prompt_token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                sampling=request.sampling,
+                arrival=now,
+                deadline=request.deadline,
+                salt=request.salt,
+                # Nothing predicts the first token.
+                prompt_logprobs=[] if request.sampling.prompt_logprobs is None else [None],
+            )
+        )
+
+    def abort(self, request_id: str) -> bool:
+        """End a request early; the next step frees its blocks and gives its last event. False if it is not here."""
+        if request_id not in self._scheduler:
+            return False
+        self._ended.append((request_id, FinishReason.ABORT))
+        return True
+
+    def step(self, now: float) -> list[TokenEvent]:
+        """One forward pass over whatever should run now. Every event of it, in no order between requests."""
+        events = self._drop_ended(now)
+        chunks = self._scheduler.step(now)
+        if not chunks:
+            return events
+        batch = self._batcher.build(chunks)
+        logits_RV = self._runner.step(batch.inputs)
+        sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
+        logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
+        return events + self._commit(batch, sampled, logprobs)
+
+    def loads(self) -> Loads:
+        """How busy the engine is."""
+        counters = self._counters
+        return Loads(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=self._pool.num_blocks,
+            num_blocks_used=self._pool.num_blocks - self._pool.num_available,
+            num_blocks_cached=self._pool.num_cached,
+            num_steps=counters.num_steps,
+            num_tokens_computed=counters.num_tokens_computed,
+            num_tokens_generated=counters.num_tokens_generated,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_cached_tokens=counters.num_cached_tokens,
+            num_preemptions=counters.num_preemptions,
+            num_requests_finished=counters.num_requests_finished,
+            num_requests_aborted=counters.num_requests_aborted,
+        )
+
+    def _drop_ended(self, now: float) -> list[TokenEvent]:
+        ended = self._ended
+        ended += ((request_id, FinishReason.DEADLINE) for request_id in self._scheduler.expired(now))
+        self._ended = []
+        events = []
+        for request_id, reason in ended:
+            request = self._scheduler.end(request_id)
+            if request is not None:  # else: aborted twice
+                self._counters.num_requests_aborted += 1
+                self._count(request)
+                events.append(TokenEvent(request_id, finish=reason, usage=_usage(request, now)))
+        return events
+
+    def _commit(
+        self, batch: Batch, sampled: list[int], logprobs: RowLogprobs | None
+    ) -> list[TokenEvent]:
+        then = self._clock()
+        if logprobs is not None:
+            _record_prompt_logprobs(batch, logprobs)
+        events = []
+        row = 0
+        for chunk in batch.chunks:
+            if chunk.samples:
+                events.append(self._commit_token(chunk, sampled[row], row, logprobs, then))
+                row += 1
+            else:
+                self._scheduler.commit(chunk, None)
+        self._counters.num_steps += 1
+        self._counters.num_tokens_computed += len(batch.inputs["tokens"])
+        self._counters.num_tokens_generated += len(sampled)
+        return events
+
+    def _commit_token(
+        self, chunk: Chunk, token: int, row: int, logprobs: RowLogprobs | None, then: float
+    ) -> TokenEvent:
+        request = chunk.request
+        first = request.num_generated == 0
+        if first:
+            request.first_token = then
+        finish = self._scheduler.commit(chunk, token)
+        if finish is not None:
+            self._counters.num_requests_finished += 1
+            self._count(request)
+        count = request.sampling.logprobs
+        return TokenEvent(
+            request.id,
+            token_ids=(token,),
+            logprobs=() if logprobs is None or count is None else (logprobs.row(row, count),),
+            prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
+            finish=finish,
+            stop_token_id=token if finish is FinishReason.STOP else None,
+            usage=None if finish is None else _usage(request, then),
+        )
+
+    def _count(self, request: Request) -> None:
+        self._counters.num_prompt_tokens += request.num_prompt_tokens
+        self._counters.num_cached_tokens += request.num_cached_tokens
+        self._counters.num_preemptions += request.num_preemptions
+
+
+def _usage(request: Request, then: float) -> Usage:
+    scheduled = then if request.first_scheduled is None else request.first_scheduled
+    first_token = request.arrival if request.first_token is None else request.first_token
+    return Usage(
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=request.num_cached_tokens,
+        completion_tokens=request.num_generated,
+        queue_s=scheduled - request.arrival,
+        first_token_s=first_token - request.arrival,
+        total_s=then - request.arrival,
+        num_preemptions=request.num_preemptions,
+    )
+
+
+def _record_prompt_logprobs(batch: Batch, logprobs: RowLogprobs) -> None:
+    row = batch.num_sampled
+    for rows in batch.prompt_rows:
+        request = rows.request
+        assert len(request.prompt_logprobs) == rows.first_position
+        count = request.sampling.prompt_logprobs or 0
+        request.prompt_logprobs += (logprobs.row(row + i, count) for i in range(rows.count))
+        row += rows.count
+
+
+def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
+    """Read a checkpoint and make it ready to step. `progress` gets bytes read and bytes in all.
+
+    Raises ConfigError or ArtifactError, both before anything large is allocated where that can be known.
+    """
+    start = time.monotonic()
+    spec = read_spec(config.model)
+    program = emit(spec)
+    plan = make_plan(config, spec, program, read_machine())
+    if config.backend is backend.Backend.CPU:
+        ops = backend.load(config.backend, threads=plan.threads, isa=config.cpu.isa)
+    else:
+        ops = backend.load(config.backend, device=config.device)
+    arrays = weights.load(config.model, program, spec.names, progress)
+    runner = Runner(
+        program,
+        ops,
+        arrays,
+        most=plan.most,
+        num_blocks=plan.num_blocks,
+        block_tokens=config.cache.block_tokens,
+    )
+    info = EngineInfo(
+        architecture=spec.architecture,
+        vocab_size=spec.vocab_size,
+        max_context_tokens=plan.max_context_tokens,
+        eos_token_ids=read_generation_defaults(config.model).eos_token_ids,
+        num_parameters=num_parameters(program),
+        dtype="fp32",
+        backend=config.backend.value,
+        threads=plan.threads,
+        block_tokens=config.cache.block_tokens,
+        num_blocks=plan.num_blocks,
+        kv_dtype="fp32",
+        kv_bytes=plan.kv_bytes,
+        max_running=config.scheduler.max_running,
+        max_waiting=config.scheduler.max_waiting,
+        load_s=time.monotonic() - start,
+    )
+    return EngineCore(config, plan, runner, info=info, clock=time.monotonic)

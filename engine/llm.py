@@ -1,0 +1,209 @@
+"""`vivace.LLM`: the engine in this process, for scripts and tests. The server runs the same core in a process of its own."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vivace.engine import core
+from vivace.engine.completion import Completion, TextEvent
+from vivace.engine.config import Config
+from vivace.engine.errors import ConfigError, InvalidRequest
+from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
+from vivace.engine.models.spec import read_generation_defaults
+from vivace.engine.sampling import ModelLimits, SamplingParams, check_prompt, resolve
+from vivace.engine.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one token at one place."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """What was generated. `token_ids` ends with the stop token, where there was one; `text` does not show it."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # `stop` or `length`
+    stop_reason: int | str | None  # the stop token or stop string
+    logprobs: tuple[dict[int, Logprob], ...] | None  # one dict a token, the chosen one always in it
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt's result."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None  # one a prompt token, None for the first
+    outputs: tuple[CompletionOutput, ...]
+    usage: Usage
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way. `LLM.generate` alone writes to it."""
+
+    request: EngineRequest
+    prompt: str | None
+    completion: Completion
+    events: list[TextEvent]
+
+
+class LLM:
+    """A loaded model. Not thread-safe.
+
+    Raises ConfigError or ArtifactError if it cannot be loaded. `config` gives everything but the model.
+    """
+
+    def __init__(
+        self, model: str | Path, quantize: str | None = None, *, config: Config | None = None
+    ) -> None:
+        if quantize is not None:
+            raise ConfigError(f"quantize is not served by this version (got {quantize!r})")
+        directory = Path(model)
+        self._config = config or Config(model=directory)
+        if self._config.model != directory:
+            raise ConfigError(f"config.model ({self._config.model}) is not the model ({directory})")
+        self.directory = directory
+        self._core = core.load(self._config, _no_progress)
+        self._tokenizer = Tokenizer.load(directory)
+        self._limits = ModelLimits(
+            vocab_size=self._core.info.vocab_size,
+            max_context_tokens=self._core.info.max_context_tokens,
+            defaults=read_generation_defaults(directory),
+        )
+        self._ids = itertools.count()
+
+    @property
+    def core(self) -> core.EngineCore:
+        """The engine itself, for tests and benchmarks."""
+        return self._core
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete any number of prompts; results in their order. A prompt is text or `{"prompt_token_ids": [...]}`.
+
+        Raises InvalidRequest or Unimplemented before anything runs.
+        """
+        listed: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else prompts
+        per_prompt = _per_prompt(params, len(listed))
+        jobs = [self._job(prompt, one) for prompt, one in zip(listed, per_prompt, strict=True)]
+        self._run(jobs)
+        return [self._output(job) for job in jobs]
+
+    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        if isinstance(prompt, str):
+            text, ids = prompt, self._tokenizer.encode(prompt)
+        else:
+            text, ids = None, _prompt_ids(prompt)
+        check_prompt(ids, self._limits)
+        sampling, rules = resolve(params, self._limits, len(ids))
+        request = EngineRequest(str(next(self._ids)), tuple(ids), sampling)
+        return _Job(request, text, Completion(self._tokenizer, rules), [])
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        waiting = deque(jobs)
+        running: dict[str, _Job] = {}
+        most = self._config.scheduler.max_waiting
+        try:
+            while waiting or running:
+                while waiting and len(running) < most:
+                    job = waiting.popleft()
+                    self._core.add(job.request, time.monotonic())
+                    running[job.request.request_id] = job
+                for event in self._core.step(time.monotonic()):
+                    self._push(running, event)
+        finally:  # a bug or Ctrl-C: what still runs must not hold its blocks
+            for request_id in running:
+                self._core.abort(request_id)
+            self._core.step(time.monotonic())
+
+    def _push(self, running: dict[str, _Job], event: TokenEvent) -> None:
+        job = running.get(event.request_id)
+        if job is None:
+            return  # the engine's own end of a request that a stop string has ended
+        text_event = job.completion.push(event)
+        if text_event is None:
+            return
+        job.events.append(text_event)
+        if text_event.finish is not None:
+            del running[event.request_id]
+            if event.finish is None:
+                self._core.abort(event.request_id)
+
+    def _output(self, job: _Job) -> RequestOutput:
+        last = job.events[-1]
+        assert last.finish in (FinishReason.STOP, FinishReason.LENGTH) and last.usage is not None
+        logprobs = [place for event in job.events for place in event.logprobs]
+        prompt_logprobs = [place for event in job.events for place in event.prompt_logprobs]
+        sampling = job.request.sampling
+        output = CompletionOutput(
+            index=0,
+            text="".join(event.text for event in job.events),
+            token_ids=tuple(token for event in job.events for token in event.token_ids),
+            finish_reason=last.finish.value,
+            stop_reason=last.stop,
+            logprobs=None if sampling.logprobs is None else tuple(map(self._place, logprobs)),
+        )
+        return RequestOutput(
+            request_id=job.request.request_id,
+            prompt=job.prompt,
+            prompt_token_ids=job.request.prompt_token_ids,
+            prompt_logprobs=None
+            if sampling.prompt_logprobs is None
+            else tuple(None if place is None else self._place(place) for place in prompt_logprobs),
+            outputs=(output,),
+            usage=last.usage,
+        )
+
+    def _place(self, place: TokenLogprobs) -> dict[int, Logprob]:
+        text = self._tokenizer.token_text
+        found = {
+            token: Logprob(logprob, rank, text(token))
+            for rank, (token, logprob) in enumerate(place.top, 1)
+        }
+        found.setdefault(
+            place.token_id, Logprob(place.logprob, place.rank, text(place.token_id))
+        )
+        return found
+
+
+def _no_progress(_done: int, _total: int) -> None:
+    """`LLM` writes nothing."""
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(f"params must be one or one per prompt: {count} prompts, {len(params)} params")
+    return params
+
+
+def _prompt_ids(prompt: Mapping[str, Sequence[int]]) -> list[int]:
+    if set(prompt) != {"prompt_token_ids"}:
+        raise InvalidRequest(f"a prompt is text or {{'prompt_token_ids': [...]}}, got keys {sorted(prompt)}")
+    return list(prompt["prompt_token_ids"])

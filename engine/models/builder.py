@@ -1,0 +1,71 @@
+"""What emitters write programs with. One emitter per kind of block; none knows the whole model."""
+
+from vivace.engine.models.program import Call, Kind, Program, Size, Value
+from vivace.kernels.buffer import DType
+
+
+class Builder:
+    """Collects calls. Lives while a model is loaded, then is gone."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._constants: dict[Value, tuple[float, ...]] = {}
+        self._num_values = 0
+
+    def weight(self, name: str, *shape: int, parts: tuple[int, ...] = ()) -> Value:
+        """Name a weight; the loader finds it in the checkpoint, or says that it is missing.
+
+        `parts`: the rows of each tensor it is joined from, if there is more than one.
+        """
+        assert not parts or sum(parts) == shape[0]
+        return Value(name, Kind.WEIGHT, shape, DType.FP32, parts=parts or shape[:1])
+
+    def constant(self, name: str, numbers: tuple[float, ...]) -> Value:
+        """A vector that follows from the spec."""
+        value = Value(name, Kind.CONSTANT, (len(numbers),), DType.FP32)
+        self._constants[value] = numbers
+        return value
+
+    def input(self, name: str, *shape: Size) -> Value:
+        """An int32 array that every step brings."""
+        return Value(name, Kind.INPUT, shape, DType.INT32)
+
+    def cache(self, name: str, num_kv_heads: int, head_dim: int) -> Value:
+        """The KV blocks of one layer."""
+        return Value(name, Kind.CACHE, (num_kv_heads, head_dim), DType.FP32)
+
+    def activation(self, op: str, *shape: Size) -> Value:
+        """A fresh result for a call to `op`."""
+        self._num_values += 1
+        return Value(f"{op}_{self._num_values}", Kind.ACTIVATION, shape, DType.FP32)
+
+    def view(self, value: Value, *shape: Size) -> Value:
+        """The same elements under another shape; the caller sees to it that their number is the
+        same."""
+        return Value(f"{value.name}_view", Kind.ACTIVATION, shape, value.dtype, of=value.owner)
+
+    def call(
+        self,
+        op: str,
+        outs: tuple[Value, ...],
+        ins: tuple[Value, ...],
+        attrs: tuple[tuple[str, float | int], ...] = (),
+    ) -> None:
+        """Append an op."""
+        self._calls.append(Call(op, outs, ins, attrs))
+
+    def linear(self, x_TK: Value, weight_NK: Value) -> Value:
+        """Append x W^T."""
+        out_TN = self.activation("linear", x_TK.shape[0], weight_NK.shape[0])
+        self.call("linear", (out_TN,), (x_TK, weight_NK))
+        return out_TN
+
+    def take_rows(self, x_TM: Value, rows_R: Value) -> Value:
+        """Append the choice of the rows that need logits."""
+        out_RM = self.activation("take_rows", rows_R.shape[0], x_TM.shape[1])
+        self.call("take_rows", (out_RM,), (x_TM, rows_R))
+        return out_RM
+
+    def finish(self, logits: Value) -> Program:
+        """Close the program."""
+        return Program(tuple(self._calls), logits, dict(self._constants))

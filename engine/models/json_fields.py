@@ -1,0 +1,119 @@
+"""Typed access to the JSON files of a checkpoint. A wrong field is an ArtifactError that names
+file, key and value."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vivace.engine.errors import ArtifactError
+
+MAX_FILE_BYTES = 64 << 20
+
+
+class Fields:
+    """A JSON object whose fields are read by name and type; null counts as absent."""
+
+    def __init__(self, file: str, values: dict[str, Any]) -> None:
+        self.file = file
+        self._values = values
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def raw(self, key: str) -> Any:
+        """The value as JSON has it; None if absent."""
+        return self._values.get(key)
+
+    def refuse(self, key: str, because: str) -> ArtifactError:
+        """The error for this field, naming its value."""
+        return ArtifactError(f"{self.file}: {key} is {_shown(self._values.get(key))}; {because}")
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Raise ArtifactError unless the field is absent or one of the values that are
+        supported."""
+        value = self._values.get(key)
+        if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
+            words = " or ".join(json.dumps(a) for a in allowed)
+            raise self.refuse(key, f"only {words} is supported")
+
+    def known(self, *keys: str) -> None:
+        """Raise ArtifactError for a field that is none of these."""
+        for key in self._values:
+            if key in self and key not in keys:
+                raise self.refuse(key, "this field is not supported here")
+
+    def whole(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = 2**31 - 1
+    ) -> int:
+        """A whole number in low..high; without a default it must be there."""
+        value = self._present(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.refuse(key, f"it must be a whole number in {low}..{high}")
+        return value
+
+    def real(self, key: str, default: float | None = None, *, low: float = 0.0) -> float:
+        """A finite number above `low`; without a default it must be there."""
+        value = self._present(key, default)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low < value < math.inf
+        ):
+            raise self.refuse(key, f"it must be a finite number above {low:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._present(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, "it must be true or false")
+        return value
+
+    def table(self, key: str) -> "Fields":
+        """A nested object; an empty one if absent."""
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(key, "it must be an object")
+        return Fields(f"{self.file}: {key}", value or {})
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """One token id or a list of them; none if absent."""
+        value = self._values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise self.refuse(key, f"token ids must be whole numbers in 0..{vocab_size - 1}")
+        return tuple(ids)
+
+    def _present(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise ArtifactError(f"{self.file}: {key} is missing")
+        return default
+
+
+def read_fields(path: Path) -> Fields:
+    """Read a JSON object. Raises ArtifactError if the file is missing, unreadable or holds
+    something else."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(text) > MAX_FILE_BYTES:
+        raise ArtifactError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
+        raise ArtifactError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path}: must hold a JSON object")
+    return Fields(str(path), values)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

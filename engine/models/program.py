@@ -1,0 +1,108 @@
+"""A model's step as data: which ops run on which values. Nothing here computes.
+
+Shapes are written in the symbols of a step, so one program serves every step: no branch in it, and
+none in whoever runs it, depends on how many tokens there are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from vivace.kernels.buffer import DType
+
+
+class Symbol(Enum):
+    """Sizes that differ from step to step."""
+
+    T = "tokens"
+    B = "requests"
+    B1 = "requests + 1"
+    R = "rows that need logits"
+    X = "columns of the block table"
+
+
+Size = int | Symbol
+Sizes = Mapping[Symbol, int]
+
+
+class Kind(Enum):
+    """Where a value's memory comes from."""
+
+    WEIGHT = "weight"  # by name, from the checkpoint
+    CONSTANT = "constant"  # numbers that follow from the spec; they travel with the program
+    INPUT = "input"  # filled from the Batch
+    CACHE = "cache"  # the KV blocks of one layer; shape (G, D)
+    ACTIVATION = "activation"  # a slot of the arena, reused after its last use
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A named array of the program."""
+
+    name: str
+    kind: Kind
+    shape: tuple[Size, ...]
+    dtype: DType
+    parts: tuple[int, ...] = ()  # of a weight: the rows of each checkpoint tensor it is joined from
+    of: "Value | None" = None  # the same memory as this activation, under another shape
+
+    @property
+    def owner(self) -> "Value":
+        """The value whose memory this is."""
+        return self if self.of is None else self.of
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One op: writes `outs` whole (a cache: in part), reads `ins`; `attrs` are constants of the
+    model."""
+
+    op: str  # a field of `kernels.backend.Ops`
+    outs: tuple[Value, ...]
+    ins: tuple[Value, ...]
+    attrs: tuple[tuple[str, float | int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Calls in order, and the value that holds the logits [R, V] after the last."""
+
+    calls: tuple[Call, ...]
+    logits: Value
+    constants: dict[Value, tuple[float, ...]] = field(default_factory=dict)  # fp32 vectors
+
+
+def values_of(program: Program) -> list[Value]:
+    """Every value that a call touches, each once, in the order of first use."""
+    return list(dict.fromkeys(v for call in program.calls for v in (*call.outs, *call.ins)))
+
+
+def sized(shape: tuple[Size, ...], sizes: Sizes) -> tuple[int, ...]:
+    """A shape with its symbols filled in."""
+    return tuple(sizes[size] if isinstance(size, Symbol) else size for size in shape)
+
+
+def assign_slots(program: Program) -> dict[Value, int]:
+    """Give each activation a slot of the arena such that no two live at once share one.
+
+    A slot holds one element type. Views of an activation are not in the result: they lie where
+    their owner does.
+    """
+    last_use = {v.owner: i for i, call in enumerate(program.calls) for v in (*call.outs, *call.ins)}
+    last_use[program.logits.owner] = len(program.calls)
+    slots: dict[Value, int] = {}
+    free: dict[DType, list[int]] = {}
+    num_slots = 0
+    for i, call in enumerate(program.calls):
+        for value in (v.owner for v in call.outs):
+            if value.kind is Kind.ACTIVATION and value not in slots:
+                # Outs get their slots before this call's ins give theirs back: no op writes over
+                # what it reads.
+                reusable = free.get(value.dtype)
+                slots[value] = reusable.pop() if reusable else num_slots
+                num_slots = max(num_slots, slots[value] + 1)
+        touched = dict.fromkeys(v.owner for v in (*call.outs, *call.ins))
+        for value in touched:
+            if value in slots and last_use[value] == i:
+                free.setdefault(value.dtype, []).append(slots[value])
+    return slots

@@ -1,0 +1,333 @@
+"""The only reader of checkpoints: safetensors files, mapped into memory, to the weights of a
+program.
+
+Nothing of a file is believed: lengths, offsets and shapes are checked before a number is read, and
+every tensor must be there, be expected and have the shape that the program says. Pickled files are
+refused: reading one can run code.
+"""
+
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from vivace.engine.errors import ArtifactError
+from vivace.engine.models.json_fields import read_fields
+from vivace.engine.models.program import Kind, Program, Value, sized, values_of
+
+Array = np.ndarray[Any, Any]
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+READABLE = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file that is mapped; `start` and `end` are bytes of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: mmap.mmap
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.start
+
+    def raw(self) -> Array:
+        """The bytes, shared with the mapping."""
+        return np.frombuffer(self.data, np.uint8, self.num_bytes, self.start)
+
+    def drop(self) -> None:
+        """Let go of the pages: what was read from them has been copied, and the file still has
+        them."""
+        start = -(-self.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < self.end:
+            self.data.madvise(mmap.MADV_DONTNEED, start, self.end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A tensor-name map: what each of our weights is called in a checkpoint, `{i}` standing for the
+    layer."""
+
+    weights: Mapping[str, list[str]]
+    harmless: list[str]  # tensors that say nothing new
+    same_as: Mapping[str, str]  # tensors that may be there if they equal another
+
+
+def load(
+    directory: Path, program: Program, names: str, progress: Progress
+) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """The weights of the program in fp32, by our names. `names` is the tensor-name map.
+
+    An fp32 tensor that is a weight by itself stays a view of the mapped file. Raises ArtifactError
+    naming the file or the tensor, and then nothing was converted yet.
+    """
+    tensors = open_checkpoint(directory)
+    parts = _match(directory, program, read_names(names), tensors)
+    total = sum(tensor.num_bytes for sources in parts.values() for tensor in sources)
+    weights: dict[str, Array] = {}
+    done = 0
+    progress(done, total)
+    for value, sources in parts.items():
+        weights[value.name] = _joined(value, sources)
+        done += sum(tensor.num_bytes for tensor in sources)
+        progress(done, total)
+    return weights
+
+
+def read_names(names: str) -> Names:
+    """A tensor-name map of ours, from `names/`."""
+    path = resources.files("vivace.engine.models") / "names" / f"{names}.json"
+    table = json.loads(path.read_text("utf-8"))
+    return Names(table["weights"], table["harmless"], table["same_as"])
+
+
+def open_checkpoint(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: of `model.safetensors`, else of the shards that the
+    index lists."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return {tensor.name: tensor for tensor in read_file(single)}
+    if not index.exists():
+        raise _no_weights(directory)
+    weight_map = read_fields(index).raw("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{index}: weight_map must be an object that names tensors")
+    for shard in weight_map.values():
+        # A plain name, so that an index cannot reach files elsewhere. (A link is the owner's
+        # doing: caches use them.)
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise ArtifactError(
+                f"{index}: {shard!r} is not the name of a safetensors file beside it"
+            )
+    tensors: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        for tensor in read_file(directory / shard):
+            if weight_map.get(tensor.name) != shard:
+                raise ArtifactError(f"{index}: does not list {tensor.name} of {shard}")
+            tensors[tensor.name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise ArtifactError(f"{index}: lists {name}, which {shard} does not hold")
+    return tensors
+
+
+def read_file(path: Path) -> list[Tensor]:
+    """The tensors of one safetensors file, in the order of their bytes. Raises ArtifactError if it
+    is not sound."""
+    data = _mapped(path)
+    if len(data) < 8:
+        raise ArtifactError(f"{path}: is truncated ({len(data)} bytes hold no header)")
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ArtifactError(
+            f"{path}: is truncated or no safetensors file "
+            f"(a header of {header_bytes} bytes in {len(data)})"
+        )
+    first = 8 + header_bytes
+    try:
+        header = json.loads(data[8:first], object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path}: its header is not a JSON object")
+    tensors = [
+        _tensor(path, data, first, name, entry)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    end = first
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
+            raise ArtifactError(f"{path}: tensor {tensor.name} {what}")
+        end = tensor.end
+    if end != len(data):
+        raise ArtifactError(f"{path}: {len(data) - end} bytes after the last tensor belong to none")
+    return tensors
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            # A private mapping: arrays on it can be written to, as some libraries demand, and the
+            # file never changes.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise ArtifactError(f"{path}: cannot be mapped ({error})") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return result
+
+
+def _tensor(path: Path, data: mmap.mmap, first: int, name: str, entry: Any) -> Tensor:
+    """One entry of a header, checked against the file."""
+    at = f"{path}: tensor {name}"
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"{at}: its entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ArtifactError(f"{at}: unknown dtype {dtype!r}")
+    if not _are_counts(shape):
+        raise ArtifactError(f"{at}: bad shape {shape!r}")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ArtifactError(f"{at}: bad data_offsets {offsets!r}")
+    start, end = first + offsets[0], first + offsets[1]
+    if end > len(data):
+        raise ArtifactError(f"{at}: ends at byte {end}, the file at {len(data)}: it is truncated")
+    if prod(shape) * BITS[dtype] != (end - start) * 8:
+        raise ArtifactError(f"{at}: {end - start} bytes do not hold {dtype} {shape}")
+    return Tensor(name, str(path), dtype, tuple(shape), data, start, end)
+
+
+def _are_counts(numbers: Any) -> TypeGuard[list[int]]:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _no_weights(directory: Path) -> ArtifactError:
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
+    if pickled:
+        return ArtifactError(
+            f"{directory}: {pickled[0]} is a pickled file, which can run code when it is read; "
+            "only safetensors are read, so convert it first"
+        )
+    return ArtifactError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
+
+
+def _match(
+    directory: Path, program: Program, names: Names, tensors: Mapping[str, Tensor]
+) -> dict[Value, list[Tensor]]:
+    """The tensors that each weight is joined from; raises ArtifactError for missing, misshapen and
+    unexpected ones."""
+    matched: dict[Value, list[Tensor]] = {}
+    missing: list[str] = []
+    used: set[str] = set()
+    for value in values_of(program):
+        if value.kind is not Kind.WEIGHT:
+            continue
+        wanted = _names_of(value, names)
+        used.update(wanted)
+        missing += [name for name in wanted if name not in tensors]
+        if not missing:
+            matched[value] = [tensors[name] for name in wanted]
+    if missing:
+        raise ArtifactError(f"{directory}: the checkpoint lacks {_listed(missing)}")
+    for value, sources in matched.items():
+        for rows, tensor in zip(value.parts, sources, strict=True):
+            _check_tensor(tensor, (rows, *value.shape[1:]))
+    _refuse_unexpected(directory, names, tensors, used)
+    return matched
+
+
+def _names_of(value: Value, names: Names) -> list[str]:
+    layer = re.match(r"layers\.(\d+)\.", value.name)
+    if layer is None:
+        return names.weights[value.name]
+    pattern = f"layers.{{i}}.{value.name[layer.end() :]}"
+    return [name.replace("{i}", layer[1]) for name in names.weights[pattern]]
+
+
+def _check_tensor(tensor: Tensor, shape: tuple[Any, ...]) -> None:
+    if tensor.shape != shape:
+        raise ArtifactError(
+            f"{tensor.file}: tensor {tensor.name} must be {list(shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.dtype not in READABLE:
+        raise ArtifactError(
+            f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}; "
+            f"what can be read is {', '.join(READABLE)}"
+        )
+
+
+def _refuse_unexpected(
+    directory: Path, names: Names, tensors: Mapping[str, Tensor], used: set[str]
+) -> None:
+    harmless = re.compile(
+        "|".join(re.escape(name).replace(r"\{i\}", r"\d+") for name in names.harmless) or r"(?!)"
+    )
+    unexpected: list[str] = []
+    for name, tensor in tensors.items():
+        if name in used or harmless.fullmatch(name):
+            continue
+        twin = tensors.get(names.same_as.get(name, ""))
+        if twin is None:
+            unexpected.append(name)
+        elif (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape) or not np.array_equal(
+            tensor.raw(), twin.raw()
+        ):
+            raise ArtifactError(
+                f"{tensor.file}: tensor {name} differs from {twin.name}, "
+                "though config.json says that they are tied"
+            )
+    if unexpected:
+        raise ArtifactError(
+            f"{directory}: the checkpoint holds {_listed(unexpected)}, "
+            "which its architecture does not use"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _joined(value: Value, sources: list[Tensor]) -> Array:
+    """One weight in fp32, its tensors below each other."""
+    only = sources[0]
+    if len(sources) == 1 and only.dtype == "F32" and only.start % 4 == 0:
+        return only.raw().view(np.float32).reshape(only.shape)
+    joined = np.empty(sized(value.shape, {}), np.float32)
+    row = 0
+    for tensor in sources:
+        _convert(joined[row : row + tensor.shape[0]], tensor)
+        row += tensor.shape[0]
+        tensor.drop()
+    return joined
+
+
+def _convert(out: Array, tensor: Tensor) -> None:
+    raw = tensor.raw()
+    if tensor.dtype == "BF16":  # the upper half of an fp32
+        bits = raw.view(np.uint16).reshape(tensor.shape)
+        np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        dtype = np.float16 if tensor.dtype == "F16" else np.float32
+        out[...] = raw.view(dtype).reshape(tensor.shape)

@@ -1,0 +1,164 @@
+"""What follows from config, model and machine: threads, number of blocks, context. Computed once, then fixed.
+
+Refuses, before a weight is read, what cannot fit.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vivace.engine.config import Config
+from vivace.engine.errors import ConfigError
+from vivace.engine.models.program import Kind, Program, Symbol, Value
+from vivace.engine.models.spec import ModelSpec
+from vivace.engine.runner import arena_bytes
+from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+
+MAX_DEFAULT_KV_BYTES = 1 << 30
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this process may use."""
+
+    num_cpus: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Decided once, at start-up."""
+
+    threads: int
+    max_context_tokens: int  # prompt and reply together
+    max_blocks: int  # of one request
+    num_blocks: int
+    kv_bytes: int
+    weight_bytes: int
+    arena_bytes: int
+    max_rows: int
+    most: dict[Symbol, int]  # the largest step
+
+
+def read_machine() -> Machine:
+    """CPUs by affinity and cgroup quota; memory that is free, by the kernel and by the cgroup."""
+    cpus = len(os.sched_getaffinity(0))
+    free = _meminfo_available()
+    for group in _cgroups():
+        quota = _words(group / "cpu.max")
+        if len(quota) == 2 and quota[0] != "max":
+            cpus = min(cpus, max(1, int(quota[0]) // int(quota[1])))
+        limit, used = _words(group / "memory.max"), _words(group / "memory.current")
+        if limit and used and limit[0] != "max":
+            free = min(free, max(0, int(limit[0]) - int(used[0])))
+    return Machine(num_cpus=cpus, free_bytes=free)
+
+
+def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:
+    """Raises ConfigError if the model, its cache and its working memory do not fit."""
+    context = config.max_context_tokens or spec.max_context_tokens
+    if not 2 <= context <= spec.max_context_tokens:
+        raise ConfigError(
+            f"max_context_tokens must be in 2..{spec.max_context_tokens}, the model's own, got {context}"
+        )
+    scheduler, block_tokens = config.scheduler, config.cache.block_tokens
+    max_rows = scheduler.max_running + MAX_PROMPT_LOGPROB_ROWS
+    most = {
+        Symbol.T: scheduler.max_step_tokens,
+        Symbol.B: scheduler.max_running,
+        Symbol.B1: scheduler.max_running + 1,
+        Symbol.R: max_rows,
+        Symbol.X: -(-context // block_tokens),
+    }
+    weight_bytes = FP32_BYTES * sum(_count(value) for value in weights_of(program))
+    work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
+    block_bytes = kv_token_bytes(spec) * block_tokens
+    kv_bytes = _kv_bytes(config, machine, block_bytes * most[Symbol.X])
+    needed = weight_bytes + work_bytes + kv_bytes
+    if needed > machine.free_bytes:
+        raise ConfigError(
+            f"not enough memory: weights {_mib(weight_bytes)}, KV cache {_mib(kv_bytes)} and working "
+            f"memory {_mib(work_bytes)} need {_mib(needed)}, {_mib(machine.free_bytes)} is free"
+        )
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"cache.memory_bytes ({kv_bytes}) must hold at least one block of {block_bytes} bytes"
+        )
+    context = min(context, num_blocks * block_tokens)
+    return Plan(
+        threads=config.cpu.threads or machine.num_cpus,
+        max_context_tokens=context,
+        max_blocks=-(-context // block_tokens),
+        num_blocks=num_blocks,
+        kv_bytes=num_blocks * block_bytes,
+        weight_bytes=weight_bytes,
+        arena_bytes=work_bytes,
+        max_rows=max_rows,
+        most=most,
+    )
+
+
+def weights_of(program: Program) -> list[Value]:
+    """The weights of a program, each once, in the order of their first use."""
+    values = (value for call in program.calls for value in call.ins)
+    return list(dict.fromkeys(value for value in values if value.kind is Kind.WEIGHT))
+
+
+def num_parameters(program: Program) -> int:
+    """Numbers in the weights; tied ones count once."""
+    return sum(_count(value) for value in weights_of(program))
+
+
+def kv_token_bytes(spec: ModelSpec) -> int:
+    """Bytes of KV cache that one token takes, over all layers, in fp32."""
+    return sum(
+        2 * FP32_BYTES * layer.attention.num_kv_heads * layer.attention.head_dim
+        for layer in spec.layers
+    )
+
+
+def _kv_bytes(config: Config, machine: Machine, request_bytes: int) -> int:
+    if config.cache.memory_bytes is not None:
+        return config.cache.memory_bytes
+    all_requests = request_bytes * config.scheduler.max_running  # more could never be held
+    return min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4, all_requests)
+
+
+def _count(value: Value) -> int:
+    count = 1
+    for size in value.shape:
+        assert isinstance(size, int)  # weights have no symbol in their shape
+        count *= size
+    return count
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo does not say how much memory is available")
+
+
+def _cgroups() -> list[Path]:
+    """This process's cgroup (version 2) and those above it, whose limits hold too."""
+    root = Path("/sys/fs/cgroup")
+    for line in _lines(Path("/proc/self/cgroup")):
+        if line.startswith("0::"):
+            group = root / line[3:].lstrip("/")
+            return [group, *(p for p in group.parents if p.is_relative_to(root))]
+    return []
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
+
+
+def _lines(path: Path) -> list[str]:
+    """A file of the kernel's, which is not there on every system."""
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,44 @@
+"""Which blocks hold which prefix. Holds no tensors, and no tokens: only digests.
+
+The digest of a block covers its tokens, all tokens before it, the request's salt and this engine's secret key, so nobody
+can find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+
+
+class PrefixIndex:
+    """Digest of a full block <-> the block that stores it, at most one each way."""
+
+    def __init__(self, block_tokens: int, key: bytes) -> None:
+        self._block_tokens = block_tokens
+        self._key = key
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._digest_of
+
+    def extend(self, digests: list[bytes], tokens: Sequence[int], salt: bytes) -> None:
+        """Append the digests of the full blocks of `tokens` that `digests` does not cover yet."""
+        size = self._block_tokens
+        for end in range((len(digests) + 1) * size, len(tokens) + 1, size):
+            parent = digests[-1] if digests else sha256(self._key + salt).digest()
+            block = array("i", tokens[end - size : end]).tobytes()
+            digests.append(sha256(self._key + parent + block).digest())
+
+    def find(self, digest: bytes) -> int | None:
+        """The block that stores this prefix, or None."""
+        return self._block_of.get(digest)
+
+    def insert(self, digest: bytes, block: int) -> None:
+        """A block is computed. Where another stores the same already, that one stays and this one is private."""
+        if digest not in self._block_of:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def forget(self, block: int) -> None:
+        """The block is about to hold something else."""
+        del self._block_of[self._digest_of.pop(block)]

@@ -1,0 +1,47 @@
+"""One generation in flight: its tokens, its blocks, its limits. The scheduler alone writes to it; the engine's commit
+adds what was measured along the way (times, prompt logprobs)."""
+
+from dataclasses import dataclass, field
+
+from vivace.engine.events import Sampling, TokenLogprobs
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A prompt and what has become of it."""
+
+    id: str
+    tokens: list[int]  # prompt, then everything sampled so far
+    num_prompt_tokens: int
+    sampling: Sampling
+    arrival: float
+    deadline: float | None = None
+    salt: bytes = b""
+    num_computed: int = 0  # leading tokens whose K and V are in the cache
+    blocks: list[int] = field(default_factory=list)  # cache blocks, in token order
+    digests: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, so far
+    slot: int = -1  # row in the tables of `batch.py`, while running
+    num_tabled: int = 0  # blocks that those tables know already
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0  # found in the prefix cache when first scheduled
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # so far, one a token
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not yet computed: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some prompt token still lacks the logprobs that were asked for."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens
+        )

@@ -1,0 +1,145 @@
+"""Batch to logits: binds a `Program` to buffers and runs its calls in order. Decides nothing;
+imports no torch.
+
+The plain loop: whatever replaces it (a replay in C++, a captured graph) must give what it gives.
+"""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from vivace.engine.models.program import (
+    Kind,
+    Program,
+    Sizes,
+    Symbol,
+    assign_slots,
+    sized,
+    values_of,
+)
+from vivace.kernels.backend import Ops
+from vivace.kernels.buffer import Buffer, DType
+
+Array = np.ndarray[Any, Any]
+
+BYTES = {DType.FP32: 4, DType.FP16: 2, DType.BF16: 2, DType.INT32: 4, DType.INT64: 8}
+MAX_BOUND = 256  # sizes whose views are kept: decode steps come back to the same few
+
+
+def arena_bytes(program: Program, most: Sizes) -> int:
+    """Bytes of all activations of the largest step."""
+    return sum(count * BYTES[dtype] for count, dtype in _slot_sizes(program, most))
+
+
+class Runner:
+    """Owns the arena, the caches and the uploaded weights. Not thread-safe: the engine loop is its
+    only caller."""
+
+    def __init__(
+        self,
+        program: Program,
+        ops: Ops,
+        weights: Mapping[str, Array],
+        *,
+        most: Sizes,
+        num_blocks: int,
+        block_tokens: int,
+    ) -> None:
+        self.ops = ops
+        self.caches: dict[str, Buffer] = {}  # by name; `kv_read` and `rope_kv_write` are the doors
+        self._most = dict(most)
+        self._arena = [
+            ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
+        ]
+        self._slots = assign_slots(program)
+        values = list(dict.fromkeys((*values_of(program), program.logits)))
+        places = {value: i for i, value in enumerate(values)}
+        self._fixed: list[Buffer | None] = [None] * len(values)
+        for value, i in places.items():
+            if value.kind is Kind.WEIGHT:
+                self._fixed[i] = ops.memory.upload(weights[value.name])
+            elif value.kind is Kind.CONSTANT:
+                numbers = np.array(program.constants[value], np.float32)
+                self._fixed[i] = ops.memory.upload(numbers)
+            elif value.kind is Kind.CACHE:
+                G, D = sized(value.shape, {})
+                cache = ops.memory.kv_cache(num_blocks, block_tokens, G, D, value.dtype)
+                self._fixed[i] = self.caches[value.name] = cache
+        self._inputs = [(value, i) for value, i in places.items() if value.kind is Kind.INPUT]
+        self._activations = [
+            (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
+        ]
+        self._logits = places[program.logits]
+        self._calls: list[tuple[Callable[..., None], Callable[[Any], Any], dict[str, Any]]] = [
+            (
+                getattr(ops, call.op),
+                itemgetter(*(places[value] for value in (*call.outs, *call.ins))),
+                dict(call.attrs),
+            )
+            for call in program.calls
+        ]
+        self._varying = sorted(
+            {size for v, _ in self._activations for size in v.shape if isinstance(size, Symbol)},
+            key=lambda symbol: symbol.name,
+        )
+        self._bound: dict[tuple[int, ...], list[Buffer | None]] = {}
+
+    def step(self, inputs: Mapping[str, Array]) -> Buffer:
+        """Return logits [R, V], valid until the next step. Raises ValueError if the inputs do not
+        fit."""
+        sizes = self._sizes(inputs)
+        buffers = self._bind(sizes)
+        upload = self.ops.memory.upload
+        for value, i in self._inputs:
+            buffers[i] = upload(np.ascontiguousarray(inputs[value.name]))
+        for run, pick, attrs in self._calls:
+            run(*pick(buffers), **attrs)
+        logits = buffers[self._logits]
+        assert logits is not None
+        return logits
+
+    def _sizes(self, inputs: Mapping[str, Array]) -> dict[Symbol, int]:
+        """The symbols' values, from the shapes of the inputs."""
+        sizes: dict[Symbol, int] = {}
+        for value, _ in self._inputs:
+            shape = inputs[value.name].shape
+            if len(shape) != len(value.shape):
+                raise ValueError(
+                    f"{value.name} must have {len(value.shape)} dimensions, got {list(shape)}"
+                )
+            for symbol, size in zip(value.shape, shape, strict=True):
+                assert isinstance(symbol, Symbol)  # inputs have no constant in their shape
+                if sizes.setdefault(symbol, size) != size:
+                    raise ValueError(
+                        f"{value.name} {list(shape)}: {symbol.value} are {sizes[symbol]} elsewhere"
+                    )
+        for symbol, size in sizes.items():
+            if size > self._most[symbol]:
+                raise ValueError(f"{symbol.value}: {size} in a step, at most {self._most[symbol]}")
+        return sizes
+
+    def _bind(self, sizes: Sizes) -> list[Buffer | None]:
+        """Every buffer of a step of these sizes, the inputs still to be filled in."""
+        key = tuple(sizes[symbol] for symbol in self._varying)
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= MAX_BOUND:
+                del self._bound[next(iter(self._bound))]  # the oldest
+            bound = self._bound[key] = list(self._fixed)
+            for value, i in self._activations:
+                slot = self._arena[self._slots[value.owner]]
+                bound[i] = self.ops.memory.view(slot, sized(value.shape, sizes))
+        return bound
+
+
+def _slot_sizes(program: Program, most: Sizes) -> list[tuple[int, DType]]:
+    """Elements and type of each slot of the arena."""
+    slots = assign_slots(program)
+    counts: dict[int, tuple[int, DType]] = {}
+    for value, slot in slots.items():
+        count = max(prod(sized(value.shape, most)), counts.get(slot, (0, value.dtype))[0])
+        counts[slot] = (count, value.dtype)
+    return [counts[slot] for slot in range(len(counts))]

@@ -1,0 +1,96 @@
+"""Logits to token ids, and the logprobs that were asked for. The one place that waits for the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vivace.engine.batch import Batch
+from vivace.engine.events import TokenLogprobs
+from vivace.kernels.backend import Ops
+from vivace.kernels.buffer import Buffer, DType
+
+MAX_TOP = 20
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Log-softmax of raw logits on the host: of each row's token, its rank, and the K best."""
+
+    tokens_R: Array
+    chosen_R: Array
+    ranks_R: Array
+    top_ids_RK: Array
+    top_logprobs_RK: Array
+
+    def row(self, row: int, count: int) -> TokenLogprobs:
+        """One row, with its `count` best."""
+        ids, logprobs = self.top_ids_RK[row, :count], self.top_logprobs_RK[row, :count]
+        return TokenLogprobs(
+            token_id=int(self.tokens_R[row]),
+            logprob=float(self.chosen_R[row]),
+            rank=int(self.ranks_R[row]),
+            top=tuple(zip(ids.tolist(), logprobs.tolist(), strict=True)),
+        )
+
+
+class Sampler:
+    """Owns the buffers of the two ops, made once for the most rows a step can have."""
+
+    def __init__(self, ops: Ops, max_rows: int, vocab_size: int) -> None:
+        self._ops = ops
+        self._vocab_size = vocab_size
+        memory = ops.memory
+        self._scores = memory.empty((max_rows * vocab_size,), DType.FP32)
+        self._tokens = memory.empty((max_rows,), DType.INT32)
+        self._ranks = memory.empty((max_rows,), DType.INT32)
+        self._chosen = memory.empty((max_rows,), DType.FP32)
+        most = min(MAX_TOP, vocab_size)
+        self._top_ids = memory.empty((max_rows * most,), DType.INT32)
+        self._top_logprobs = memory.empty((max_rows * most,), DType.FP32)
+
+    def sample(self, logits_RV: Buffer, batch: Batch) -> list[int]:
+        """The token of each row that samples."""
+        R, memory, rows = batch.num_rows, self._ops.memory, batch.sampling
+        tokens_R = memory.view(self._tokens, (R,))
+        self._ops.sample(
+            tokens_R,
+            memory.view(self._scores, (R, self._vocab_size)),
+            logits_RV,
+            memory.upload(rows.temperature_R),
+            memory.upload(rows.top_k_R),
+            memory.upload(rows.top_p_R),
+            memory.upload(rows.min_p_R),
+            memory.upload(rows.seeds_R),
+            memory.upload(rows.positions_R),
+            memory.upload(rows.bias_starts),
+            memory.upload(rows.bias_ids),
+            memory.upload(rows.bias_values),
+        )
+        tokens: list[int] = memory.read(tokens_R)[: batch.num_sampled].tolist()
+        return tokens
+
+    def logprobs(self, logits_RV: Buffer, batch: Batch, sampled: list[int]) -> RowLogprobs | None:
+        """Of every row: the sampled token, or the prompt's own. None if no row wants any."""
+        if batch.num_logprobs is None:
+            return None
+        R, K, memory = batch.num_rows, batch.num_logprobs, self._ops.memory
+        tokens = list(sampled)
+        for rows in batch.prompt_rows:
+            tokens += rows.request.tokens[rows.first_position : rows.first_position + rows.count]
+        tokens_R = np.array(tokens, np.int32)
+        chosen_R, ranks_R = memory.view(self._chosen, (R,)), memory.view(self._ranks, (R,))
+        top_ids_RK = memory.view(self._top_ids, (R, K))
+        top_logprobs_RK = memory.view(self._top_logprobs, (R, K))
+        self._ops.logprobs(
+            chosen_R, ranks_R, top_ids_RK, top_logprobs_RK, logits_RV, memory.upload(tokens_R)
+        )
+        return RowLogprobs(
+            tokens_R,
+            memory.read(chosen_R),
+            memory.read(ranks_R),
+            memory.read(top_ids_RK),
+            memory.read(top_logprobs_RK),
+        )

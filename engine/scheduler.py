@@ -1,0 +1,268 @@
+"""Decides which tokens each forward pass computes.
+
+There is no prefill phase and no decode phase. A request has `num_pending` tokens, a step has a token budget, and the
+scheduler spends it: first on requests that need one token, then on running prompts, oldest first, then on waiting
+requests in order of arrival. Chunked prefill, prefix hits and resuming after preemption all fall out of that one rule.
+
+A request gets the blocks of all its known tokens when it starts to run, so only decoding can run out of blocks; then the
+request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
+running request is about to compute waits for it instead; the running one never waits, so there are no circles, and when
+it ends early the first waiter simply finds nobody to wait for and becomes the one that computes.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vivace.engine.blocks import BlockPool
+from vivace.engine.config import SchedulerConfig
+from vivace.engine.errors import InvalidRequest, Overloaded
+from vivace.engine.events import FinishReason
+from vivace.engine.prefix import PrefixIndex
+from vivace.engine.request import Request
+
+MAX_PROMPT_LOGPROB_ROWS = 64  # rows of logits a step spends on prompts: they cost vocabulary x 8 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` pending tokens of one request."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the request that are computed once this chunk is."""
+        return self.request.num_computed + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether a new token follows: the chunk reaches the end of what is known."""
+        return self.end == len(self.request.tokens)
+
+
+class Scheduler:
+    """Not thread-safe: the engine loop is its only caller."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        prefix: PrefixIndex,
+        *,
+        block_tokens: int,
+        prefix_sharing: bool = True,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._prefix = prefix
+        self._block_tokens = block_tokens
+        self._prefix_sharing = prefix_sharing
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str, Request] = {}  # in the order they started to run
+        self._computing: dict[bytes, Request] = {}  # digest -> the running request that will compute it
+        self._slots = list(range(config.max_running - 1, -1, -1))
+        self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that are gone
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded if the queue is full, InvalidRequest if it can never run."""
+        if request.id in self._requests:
+            raise InvalidRequest(f"request_id {request.id!r} is in use")
+        most = request.num_prompt_tokens + request.sampling.max_tokens
+        if self._num_blocks(most) > self._pool.num_blocks:
+            raise InvalidRequest(
+                f"prompt and max_tokens need {self._num_blocks(most)} blocks, "
+                f"the cache has {self._pool.num_blocks}"
+            )
+        if len(self._waiting) >= self._config.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests are already waiting")
+        self._requests[request.id] = request
+        self._waiting.append(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def end(self, request_id: str) -> Request | None:
+        """Drop a request, wherever it is, and free its blocks at once. None if there is no such request."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request_id in self._running:
+            self._stop_running(request)
+        else:
+            self._waiting.remove(request)
+        return request
+
+    def expired(self, now: float) -> Iterator[str]:
+        """Ids of the requests whose deadline has come. The caller ends them."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            if request is not None and request.deadline == deadline:
+                yield request_id
+
+    def step(self, now: float) -> list[Chunk]:
+        """Spend one step's token budget. Empty only when there is nothing to run."""
+        chunks: list[Chunk] = []
+        for request in list(self._running.values()):
+            if request.num_pending == 1 and request.id in self._running and self._grow(request):
+                chunks.append(Chunk(request, 1))
+        budget = self._config.max_step_tokens - len(chunks)
+        logprob_rows = MAX_PROMPT_LOGPROB_ROWS
+        for request in self._running.values():
+            if budget and request.num_pending > 1:
+                budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
+        self._start_waiting(now, chunks, budget, logprob_rows)
+        return chunks
+
+    def commit(self, chunk: Chunk, sampled: int | None) -> FinishReason | None:
+        """Record a computed chunk and the token sampled after it, if it was one that samples.
+
+        Returns why the request is finished, if it is; its blocks are then free already.
+        """
+        request = chunk.request
+        first = request.num_computed // self._block_tokens
+        request.num_computed = chunk.end
+        if self._prefix_sharing:
+            self._publish(request, first)
+        if sampled is None:
+            return None
+        request.tokens.append(sampled)
+        finish = self._finish(request, sampled)
+        if finish is not None:
+            self.end(request.id)
+        return finish
+
+    def _finish(self, request: Request, sampled: int) -> FinishReason | None:
+        sampling = request.sampling
+        if sampled in sampling.stop_token_ids and request.num_generated > sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if request.num_generated >= sampling.max_tokens else None
+
+    def _fill(
+        self, request: Request, chunks: list[Chunk], budget: int, logprob_rows: int
+    ) -> tuple[int, int]:
+        """Give a prompt as much of the budget as it can use; returns what is left."""
+        num_tokens = min(request.num_pending, budget)
+        if request.wants_prompt_logprobs:
+            num_tokens = min(num_tokens, logprob_rows)
+            logprob_rows -= num_tokens
+        if num_tokens:
+            chunks.append(Chunk(request, num_tokens))
+        return budget - num_tokens, logprob_rows
+
+    def _start_waiting(
+        self, now: float, chunks: list[Chunk], budget: int, logprob_rows: int
+    ) -> None:
+        passed: list[Request] = []  # they wait for a prefix; others may start before them
+        while budget and self._waiting and self._slots:
+            request = self._waiting.popleft()
+            found = self._find_prefix(request)
+            if self._must_wait(request, len(found)):
+                passed.append(request)
+                continue
+            if not self._start(request, found, now):
+                self._waiting.appendleft(request)
+                break  # running work is never preempted to start new work, nor is the first in line overtaken
+            budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
+        self._waiting.extendleft(reversed(passed))
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Blocks that hold the beginning of the request's tokens already; never its last token, which must be computed."""
+        if not self._prefix_sharing:
+            return []
+        self._prefix.extend(request.digests, request.tokens, request.salt)
+        most = len(request.tokens) - 1
+        if request.wants_prompt_logprobs:  # a position's logits cannot be found in a cache
+            most = min(most, len(request.prompt_logprobs) - 1)
+        found: list[int] = []
+        for digest in request.digests[: most // self._block_tokens]:
+            block = self._prefix.find(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _must_wait(self, request: Request, num_found: int) -> bool:
+        if request.wants_prompt_logprobs or num_found >= (len(request.tokens) - 1) // self._block_tokens:
+            return False
+        return self._prefix_sharing and request.digests[num_found] in self._computing
+
+    def _start(self, request: Request, found: list[int], now: float) -> bool:
+        """Give a waiting request its blocks and a slot. False, with nothing changed, if there are not enough."""
+        self._pool.share(found)
+        needed = self._num_blocks(len(request.tokens)) - len(found)
+        reserve = len(self._running)  # about the next block of each: or the newcomer would be preempted at once
+        if self._pool.num_available < needed + reserve:
+            self._pool.release(found)
+            return False
+        taken = self._pool.take(needed)
+        assert taken is not None
+        request.blocks = found + taken
+        request.num_computed = len(found) * self._block_tokens
+        request.slot = self._slots.pop()
+        request.num_tabled = 0
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.num_cached_tokens = request.num_computed
+        self._running[request.id] = request
+        if self._prefix_sharing:
+            for digest in request.digests[len(found) :]:
+                self._computing.setdefault(digest, request)
+        return True
+
+    def _grow(self, request: Request) -> bool:
+        """Make room for a decoding request's next token, preempting the newest. False if it preempted itself.
+
+        The newest comes last in a step, so who is preempted has no chunk in it yet; and it is first in line for
+        blocks again but needs more than it gave, so nobody starts in a step that preempts.
+        """
+        if len(request.tokens) <= len(request.blocks) * self._block_tokens:
+            return True
+        while (taken := self._pool.take(1)) is None:
+            victim = next(reversed(self._running.values()))
+            self._stop_running(victim)
+            victim.num_preemptions += 1
+            self._waiting.appendleft(victim)
+            if victim is request:
+                return False
+        request.blocks += taken
+        return True
+
+    def _stop_running(self, request: Request) -> None:
+        for digest in request.digests[request.num_computed // self._block_tokens :]:
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+        del self._running[request.id]
+        self._pool.release(request.blocks)
+        self._slots.append(request.slot)
+        request.blocks, request.num_computed, request.slot = [], 0, -1
+
+    def _publish(self, request: Request, first: int) -> None:
+        """Let others find the blocks that have just become full."""
+        last = request.num_computed // self._block_tokens
+        if last > first:
+            self._prefix.extend(request.digests, request.tokens, request.salt)
+        for i in range(first, last):
+            digest = request.digests[i]
+            self._prefix.insert(digest, request.blocks[i])
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)

@@ -1,0 +1,1 @@
+"""Operations on tensors. Knows nothing of requests; imports nothing of ours."""

@@ -1,0 +1,64 @@
+"""Causal attention of a step's rows over the paged cache; decode rows and prefill chunks in one call, grouped heads.
+
+Request b owns rows query_starts[b] .. query_starts[b+1] - 1, the last of its context_lens[b] tokens, all of which are in
+the cache already; the row at position p attends to positions 0..p. Query head h reads KV head h // (H / G). Position p
+lies in block block_tables[b, p // S] at offset p % S. Softmax in fp32, added up over splits of 256 positions counted
+from position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
+"""
+
+from typing import Protocol
+
+from vivace.kernels.buffer import Buffer, expect, expect_dtype
+
+SPLIT_TOKENS = 256
+
+
+class Run(Protocol):
+    """Every backend's `run`: outputs first, written whole."""
+
+    def __call__(
+        self,
+        out_THD: Buffer,  # fp32, out
+        q_THD: Buffer,  # fp32
+        kv_cache: Buffer,  # from Memory.kv_cache
+        block_tables_BX: Buffer,  # int32; entries past a request's last block are not read
+        query_starts: Buffer,  # int32 [B + 1], ascending from 0
+        context_lens_B: Buffer,  # int32, this step's rows included
+        *,
+        num_kv_heads: int,
+        scale: float,
+    ) -> None: ...
+
+
+def check(
+    out_THD: Buffer,
+    q_THD: Buffer,
+    kv_cache: Buffer,
+    block_tables_BX: Buffer,
+    query_starts: Buffer,
+    context_lens_B: Buffer,
+    *,
+    num_kv_heads: int,
+    scale: float,
+) -> None:
+    """Raise ValueError, with the shapes, if the arguments do not fit together."""
+    _, H, D = expect("q", q_THD, None, None, None)
+    expect("out", out_THD, *q_THD.shape)
+    expect("kv_cache", kv_cache, None, 2, None, None, D)
+    B, _ = expect("block_tables", block_tables_BX, None, None)
+    expect("query_starts", query_starts, B + 1)
+    expect("context_lens", context_lens_B, B)
+    if num_kv_heads not in kv_cache.shape[2:4] or H % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads ({num_kv_heads}) must divide {H} query heads and fit kv_cache {list(kv_cache.shape)}"
+        )
+    for name, buffer in (
+        ("block_tables", block_tables_BX),
+        ("query_starts", query_starts),
+        ("context_lens", context_lens_B),
+    ):
+        expect_dtype(name, buffer, "int32")
+    expect_dtype("q", q_THD, "float32")
+    expect_dtype("out", out_THD, "float32")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")

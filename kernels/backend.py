@@ -1,0 +1,115 @@
+"""Binds every op to one implementation, once, at start-up.
+
+Only the backend asked for is imported: serving on a CPU never loads torch. Nothing is chosen later.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import Enum
+from importlib import import_module
+from typing import Any
+
+from vivace.kernels import (
+    add_rmsnorm,
+    attention,
+    embed,
+    kv_read,
+    linear,
+    logprobs,
+    rmsnorm,
+    rope_kv_write,
+    rope_table,
+    sample,
+    silu_mul,
+    take_rows,
+)
+from vivace.kernels.memory import Memory
+
+
+class Backend(Enum):
+    """Where the ops of this process run."""
+
+    REFERENCE = "reference"  # torch, any device: the specification
+    CPU = "cpu"  # NumPy arrays and our C++ library, no torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One function per op, all of one backend, and its memory. Handed to the runner; there is no global."""
+
+    memory: Memory
+    progress: Callable[[], int]  # how many ops have finished; a watchdog may call it from another thread
+    linear: linear.Run
+    embed: embed.Run
+    rmsnorm: rmsnorm.Run
+    add_rmsnorm: add_rmsnorm.Run
+    rope_table: rope_table.Run
+    rope_kv_write: rope_kv_write.Run
+    attention: attention.Run
+    silu_mul: silu_mul.Run
+    take_rows: take_rows.Run
+    sample: sample.Run
+    logprobs: logprobs.Run
+    kv_read: kv_read.Run
+
+
+def load(
+    backend: Backend, *, threads: int | None = None, isa: str | None = None, device: str | None = None
+) -> Ops:
+    """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for REFERENCE.
+
+    Raises ImportError saying what to install or build if the backend is not there.
+    """
+    if backend is Backend.CPU:
+        if device is not None:
+            raise ValueError(f"device is for the reference backend, got {device!r}")
+        return _load_cpu(1 if threads is None else threads, isa)
+    if threads is not None or isa is not None:
+        raise ValueError(f"threads and isa are for the CPU backend, got {threads!r} and {isa!r}")
+    return _load_reference("cpu" if device is None else device)
+
+
+def _load_cpu(threads: int, isa: str | None) -> Ops:
+    library = import_module("vivace.kernels.cpu.library").Library(threads=threads, isa=isa)
+    memory = import_module("vivace.kernels.memory.cpu").CpuMemory()
+    return _ops(memory, lambda module: import_module(f"{module}.cpu").bind(library))
+
+
+def _load_reference(device: str) -> Ops:
+    try:
+        memory = import_module("vivace.kernels.memory.reference").TorchMemory(device)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install vivace[gpu]") from error
+    return _ops(memory, lambda module: import_module(f"{module}.reference").run)
+
+
+def _ops(memory: Memory, bind: Callable[[str], Callable[..., None]]) -> Ops:
+    counter = Counter()
+    bound = {}
+    for field in fields(Ops):
+        if field.name not in ("memory", "progress"):
+            module = f"vivace.kernels.{field.name}"
+            bound[field.name] = _checked(import_module(module).check, bind(module), counter)
+    return Ops(memory=memory, progress=counter.read, **bound)
+
+
+class Counter:
+    """Ops that have finished. Written by the engine loop, read by whoever watches it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def read(self) -> int:
+        """The count so far."""
+        return self.count
+
+
+def _checked(
+    check: Callable[..., None], run: Callable[..., None], counter: Counter
+) -> Callable[..., None]:
+    def checked(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        run(*args, **kwargs)
+        counter.count += 1
+
+    return checked

@@ -1,0 +1,41 @@
+"""What an op may assume of a buffer, and the element types that buffers have."""
+
+from enum import Enum
+from typing import Any, Protocol
+
+
+class DType(Enum):
+    """Element types; NumPy has no name for bf16."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT32 = "int32"
+    INT64 = "int64"
+
+
+class Buffer(Protocol):
+    """A contiguous array on the backend's device. Ops write into buffers, they never allocate."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+def expect(name: str, buffer: Buffer, *shape: int | None) -> tuple[int, ...]:
+    """Return the buffer's shape. Raises ValueError, with both shapes, if it is not `shape` (None: any size)."""
+    got = tuple(buffer.shape)
+    if len(got) != len(shape) or any(
+        want is not None and want != size for want, size in zip(shape, got, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be [{wanted}], got {list(got)}")
+    return got
+
+
+def expect_dtype(name: str, buffer: Buffer, dtype: str) -> None:
+    """Raise ValueError unless the elements are of this type (`float32`, `int32`, `int64`)."""
+    if str(buffer.dtype).removeprefix("torch.") != dtype:
+        raise ValueError(f"{name} must hold {dtype}, got {buffer.dtype}")

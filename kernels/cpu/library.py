@@ -1,0 +1,81 @@
+"""The C++ library: loaded, checked against this package, and given a thread pool. Decides nothing after that."""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ABI = 1
+PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
+
+Array = np.ndarray[Any, Any]
+
+
+def pointer(array: Array) -> int:
+    """The address of a dense array. Raises ValueError for one with gaps, which the library could not know of."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"array {list(array.shape)} with strides {array.strides} is not dense")
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+class Library:
+    """One context of the library: an instruction set and a thread pool of its own, freed with this object."""
+
+    def __init__(self, *, threads: int, isa: str | None = None, path: Path = PATH) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ImportError(
+                f"cannot load {path.name} ({error}); build it: pip install -e . in the repository"
+            ) from error
+        if self._library.vivace_abi() != ABI:
+            raise ImportError(
+                f"{path.name} has ABI {self._library.vivace_abi()}, this package needs {ABI}: rebuild it"
+            )
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._library.vivace_isa_name.restype = ctypes.c_char_p
+        create = self._library.vivace_context_create
+        create.restype, create.argtypes = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)
+        destroy = self._library.vivace_context_destroy
+        destroy.restype, destroy.argtypes = None, (ctypes.c_void_p,)
+        self._context = create(self._isa(isa), threads)
+        if self._context is None:
+            raise MemoryError(f"no context with {threads} threads")
+        weakref.finalize(self, destroy, self._context)
+
+    def op(self, name: str, args: type[ctypes.Structure]) -> Callable[[ctypes.Structure], None]:
+        """The function of an op. Raises ImportError if the library's struct is another than `args`.
+
+        The library waits for its threads with the GIL released.
+        """
+        size = getattr(self._library, f"vivace_{name}_size")
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(args):
+            raise ImportError(
+                f"arguments of {name}: {size()} bytes in {PATH.name}, "
+                f"{ctypes.sizeof(args)} in this package: rebuild it"
+            )
+        function = getattr(self._library, f"vivace_{name}")
+        function.restype, function.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p)
+        byref = ctypes.byref
+
+        def call(arguments: ctypes.Structure) -> None:
+            function(self._context, byref(arguments))
+
+        return call
+
+    def _isa(self, isa: str | None) -> int:
+        if isa is None:
+            best: int = self._library.vivace_best_isa()
+            return best
+        known: list[str] = []
+        while (name := self._library.vivace_isa_name(len(known))) is not None:
+            known.append(name.decode())
+        if isa not in known:
+            raise ValueError(f"isa must be one of {', '.join(known)}, got {isa!r}")
+        return known.index(isa)

@@ -1,0 +1,141 @@
+// The C ABI: one packed struct and one function per op. kernels/<op>/cpu.py has the same struct; loading compares sizes.
+// Mathematics, shapes and ties: kernels/<op>/__init__.py. All arrays are dense and row-major; fp32 unless a type says other.
+// The KV cache is [N blocks, 2, G KV heads, S tokens, D].
+#pragma once
+#include <cstdint>
+
+#include "pool.h"
+
+namespace cpu {
+
+#pragma pack(push, 1)
+struct LinearArgs {
+  float* out;           // [T, N]
+  const float* x;       // [T, K]
+  const float* weight;  // [N, K]
+  int64_t T, N, K;
+};
+struct EmbedArgs {
+  float* out;             // [T, M]
+  const int32_t* tokens;  // [T]
+  const float* table;     // [V, M]
+  int64_t T, M;
+};
+struct RmsnormArgs {
+  float* out;           // [T, M]
+  const float* x;       // [T, M]
+  const float* weight;  // [M]
+  int64_t T, M;
+  float eps;
+};
+struct AddRmsnormArgs {
+  float* sum;             // [T, M]
+  float* out;             // [T, M]
+  const float* x;         // [T, M]
+  const float* residual;  // [T, M]
+  const float* weight;    // [M]
+  int64_t T, M;
+  float eps;
+};
+struct RopeTableArgs {
+  float* cos_sin;            // [T, 2 * half]
+  const int32_t* positions;  // [T]
+  const float* inv_freq;     // [half]
+  int64_t T, half;
+  float scale;
+};
+struct RopeKvWriteArgs {
+  float* q;              // [T, H, D]
+  float* kv_cache;       // [N, 2, G, S, D]
+  const float* qkv;      // [T, (H + 2G) * D]
+  const float* cos_sin;  // [T, R]
+  const int32_t* slots;  // [T]
+  const float* q_norm;   // [D] or null
+  const float* k_norm;   // [D] or null
+  int64_t T, H, G, S, D, R;
+  float eps;
+};
+struct AttentionArgs {
+  float* out;                   // [T, H, D]
+  const float* q;               // [T, H, D]
+  const float* kv_cache;        // [N, 2, G, S, D]
+  const int32_t* block_tables;  // [B, X]
+  const int32_t* query_starts;  // [B + 1]
+  const int32_t* context_lens;  // [B]
+  int64_t T, H, G, S, D, B, X;
+  float scale;
+};
+struct SiluMulArgs {
+  float* out;            // [T, F]
+  const float* gate_up;  // [T, 2F]
+  int64_t T, F;
+};
+struct TakeRowsArgs {
+  float* out;           // [R, M]
+  const float* x;       // [T, M]
+  const int32_t* rows;  // [R]
+  int64_t R, M;
+};
+struct SampleArgs {
+  int32_t* tokens;              // [R]
+  float* scores;                // [R, V]
+  const float* logits;          // [R, V]
+  const float* temperature;     // [R]
+  const int32_t* top_k;         // [R]
+  const float* top_p;           // [R]
+  const float* min_p;           // [R]
+  const uint64_t* seeds;        // [R]
+  const int32_t* positions;     // [R]
+  const int32_t* bias_starts;   // [R + 1]
+  const int32_t* bias_ids;      // [X]
+  const float* bias_values;     // [X]
+  int64_t R, V;
+};
+struct LogprobsArgs {
+  float* chosen;          // [R]
+  int32_t* ranks;         // [R]
+  int32_t* top_ids;       // [R, K]
+  float* top_logprobs;    // [R, K]
+  const float* logits;    // [R, V]
+  const int32_t* tokens;  // [R]
+  int64_t R, V, K;
+};
+struct KvReadArgs {
+  float* k;               // [T, G, D]
+  float* v;               // [T, G, D]
+  const float* kv_cache;  // [N, 2, G, S, D]
+  const int32_t* slots;   // [T]
+  int64_t T, G, S, D;
+};
+#pragma pack(pop)
+
+// One table per instruction set: what runs on this CPU is looked up once, when the library is loaded.
+struct Kernels {
+  void (*linear)(Pool&, const LinearArgs&);
+  void (*embed)(Pool&, const EmbedArgs&);
+  void (*rmsnorm)(Pool&, const RmsnormArgs&);
+  void (*add_rmsnorm)(Pool&, const AddRmsnormArgs&);
+  void (*rope_table)(Pool&, const RopeTableArgs&);
+  void (*rope_kv_write)(Pool&, const RopeKvWriteArgs&);
+  void (*attention)(Pool&, const AttentionArgs&);
+  void (*silu_mul)(Pool&, const SiluMulArgs&);
+  void (*take_rows)(Pool&, const TakeRowsArgs&);
+  void (*sample)(Pool&, const SampleArgs&);
+  void (*logprobs)(Pool&, const LogprobsArgs&);
+  void (*kv_read)(Pool&, const KvReadArgs&);
+};
+
+void linear_portable(Pool&, const LinearArgs&);
+void embed_portable(Pool&, const EmbedArgs&);
+void rmsnorm_portable(Pool&, const RmsnormArgs&);
+void add_rmsnorm_portable(Pool&, const AddRmsnormArgs&);
+void rope_table_portable(Pool&, const RopeTableArgs&);
+void rope_kv_write_portable(Pool&, const RopeKvWriteArgs&);
+void attention_portable(Pool&, const AttentionArgs&);
+void silu_mul_portable(Pool&, const SiluMulArgs&);
+void take_rows_portable(Pool&, const TakeRowsArgs&);
+void sample_portable(Pool&, const SampleArgs&);
+void logprobs_portable(Pool&, const LogprobsArgs&);
+void kv_read_portable(Pool&, const KvReadArgs&);
+
+}  // namespace cpu

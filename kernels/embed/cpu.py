@@ -1,0 +1,34 @@
+"""Embedding in C++."""
+
+from ctypes import Structure, c_int64, c_void_p
+
+from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.embed import Run
+
+
+class Args(Structure):
+    """`cpu::EmbedArgs` of kernels/cpu/ops.h."""
+
+    _pack_ = 1
+    _fields_ = (
+        ("out", c_void_p),
+        ("tokens", c_void_p),
+        ("table", c_void_p),
+        ("T", c_int64),
+        ("M", c_int64),
+    )
+
+
+def bind(library: Library) -> Run:
+    """The op on one library."""
+    call = library.op("embed", Args)
+
+    def run(
+        out_TM: Array,
+        tokens_T: Array,
+        table_VM: Array,
+    ) -> None:
+        T, M = out_TM.shape
+        call(Args(pointer(out_TM), pointer(tokens_T), pointer(table_VM), T, M))
+
+    return run

@@ -1,0 +1,30 @@
+"""K and V of given slots, out of the cache's own layout: the door for tests and for moving blocks."""
+
+from typing import Protocol
+
+from vivace.kernels.buffer import Buffer, expect, expect_dtype
+
+
+class Run(Protocol):
+    """Every backend's `run`: outputs first, written whole."""
+
+    def __call__(
+        self,
+        k_TGD: Buffer,  # fp32, out
+        v_TGD: Buffer,  # fp32, out
+        kv_cache: Buffer,  # from Memory.kv_cache
+        slots_T: Buffer,  # int32
+    ) -> None: ...
+
+
+def check(k_TGD: Buffer, v_TGD: Buffer, kv_cache: Buffer, slots_T: Buffer) -> None:
+    """Raise ValueError, with the shapes, if the arguments do not fit together."""
+    T, G, D = expect("k", k_TGD, None, None, None)
+    expect("v", v_TGD, T, G, D)
+    expect("slots", slots_T, T)
+    expect("kv_cache", kv_cache, None, 2, None, None, D)
+    if G not in kv_cache.shape[2:4]:
+        raise ValueError(f"k {list(k_TGD.shape)} does not fit kv_cache {list(kv_cache.shape)}")
+    expect_dtype("slots", slots_T, "int32")
+    expect_dtype("k", k_TGD, "float32")
+    expect_dtype("v", v_TGD, "float32")

@@ -1,0 +1,28 @@
+"""y = x W^T: every projection of a model.
+
+T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is.
+"""
+
+from typing import Protocol
+
+from vivace.kernels.buffer import Buffer, expect, expect_dtype
+
+
+class Run(Protocol):
+    """Every backend's `run`: outputs first, written whole."""
+
+    def __call__(
+        self,
+        out_TN: Buffer,  # fp32, out
+        x_TK: Buffer,  # fp32
+        weight_NK: Buffer,  # fp32
+    ) -> None: ...
+
+
+def check(out_TN: Buffer, x_TK: Buffer, weight_NK: Buffer) -> None:
+    """Raise ValueError, with the shapes, if the arguments do not fit together."""
+    N, K = expect("weight", weight_NK, None, None)
+    T, _ = expect("x", x_TK, None, K)
+    expect("out", out_TN, T, N)
+    for name, buffer in (("out", out_TN), ("x", x_TK), ("weight", weight_NK)):
+        expect_dtype(name, buffer, "float32")

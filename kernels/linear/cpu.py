@@ -1,0 +1,35 @@
+"""Projections in C++."""
+
+from ctypes import Structure, c_int64, c_void_p
+
+from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.linear import Run
+
+
+class Args(Structure):
+    """`cpu::LinearArgs` of kernels/cpu/ops.h."""
+
+    _pack_ = 1
+    _fields_ = (
+        ("out", c_void_p),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("T", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+    )
+
+
+def bind(library: Library) -> Run:
+    """The op on one library."""
+    call = library.op("linear", Args)
+
+    def run(
+        out_TN: Array,
+        x_TK: Array,
+        weight_NK: Array,
+    ) -> None:
+        N, K = weight_NK.shape
+        call(Args(pointer(out_TN), pointer(x_TK), pointer(weight_NK), len(x_TK), N, K))
+
+    return run

@@ -1,0 +1,36 @@
+"""Where buffers come from: the one place that allocates, before serving starts, and that copies to and from the host."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from vivace.kernels.buffer import Buffer, DType
+
+
+class Memory(Protocol):
+    """Buffers of one backend. Nothing here is an op; none of it runs between two ops of a step but `upload` and `read`."""
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """A new buffer, contents undefined."""
+        ...
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
+        """The first elements of a one-dimensional buffer, as `shape`; shares its memory."""
+        ...
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Buffer:
+        """A host array on the device. May share memory with `array`, which must be contiguous."""
+        ...
+
+    def read(self, buffer: Buffer) -> np.ndarray[Any, Any]:
+        """A buffer's contents on the host; waits for the device. May share memory with the buffer."""
+        ...
+
+    def kv_cache(
+        self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
+    ) -> Buffer:
+        """One layer's cache, zeroed. Its layout is the backend's own: `rope_kv_write` and `kv_read` are the only doors.
+
+        Whatever the layout, `.shape` is (N, 2, ...) with G, S, D in the backend's order.
+        """
+        ...

@@ -1,0 +1,50 @@
+"""torch tensors on one device."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vivace.kernels.buffer import DType
+
+DTYPES = {
+    DType.FP32: torch.float32,
+    DType.FP16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.INT32: torch.int32,
+    DType.INT64: torch.int64,
+}
+
+
+class TorchMemory:
+    """See `kernels.memory.Memory`."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
+        """A new tensor, contents undefined."""
+        return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
+
+    def view(self, buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The first elements of a one-dimensional tensor, as `shape`."""
+        count = 1
+        for size in shape:
+            count *= size
+        return buffer[:count].view(shape)
+
+    def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """A copy on the device."""
+        return torch.tensor(array, device=self._device)
+
+    def read(self, buffer: torch.Tensor) -> np.ndarray[Any, Any]:
+        """The contents on the host; waits for the device."""
+        array: np.ndarray[Any, Any] = buffer.cpu().numpy()
+        return array
+
+    def kv_cache(
+        self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
+    ) -> torch.Tensor:
+        """[N, 2, S, G, D], zeroed."""
+        shape = (num_blocks, 2, block_tokens, num_kv_heads, head_dim)
+        return torch.zeros(shape, dtype=DTYPES[dtype], device=self._device)

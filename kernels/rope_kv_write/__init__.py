@@ -1,0 +1,65 @@
+"""After the qkv projection: norm of q and k per head, rotation of both, K and V into the cache.
+
+A row of qkv is H query heads, then G key heads, then G value heads, each of D. The norms are RMSNorm over a head,
+applied when their weights are given. Rotation pairs element i with i + R/2 of the first R = cos_sin.shape[1] elements of
+a head (Hugging Face's rotate_half); the rest pass. Slot = block * S + offset; a negative slot is not written.
+"""
+
+from typing import Protocol
+
+from vivace.kernels.buffer import Buffer, expect, expect_dtype
+
+
+class Run(Protocol):
+    """Every backend's `run`: outputs first."""
+
+    def __call__(
+        self,
+        q_THD: Buffer,  # fp32, out, written whole
+        kv_cache: Buffer,  # from Memory.kv_cache, out: only the slots of this step
+        qkv_TX: Buffer,  # fp32 [T, (H + 2G) * D]
+        cos_sin_TR: Buffer,  # fp32, from rope_table
+        slots_T: Buffer,  # int32, each at most once
+        q_norm_D: Buffer | None = None,  # fp32
+        k_norm_D: Buffer | None = None,  # fp32
+        *,
+        num_kv_heads: int,
+        eps: float,
+    ) -> None: ...
+
+
+def check(
+    q_THD: Buffer,
+    kv_cache: Buffer,
+    qkv_TX: Buffer,
+    cos_sin_TR: Buffer,
+    slots_T: Buffer,
+    q_norm_D: Buffer | None = None,
+    k_norm_D: Buffer | None = None,
+    *,
+    num_kv_heads: int,
+    eps: float,
+) -> None:
+    """Raise ValueError, with the shapes, if the arguments do not fit together."""
+    T, H, D = expect("q", q_THD, None, None, None)
+    expect("qkv", qkv_TX, T, (H + 2 * num_kv_heads) * D)
+    _, R = expect("cos_sin", cos_sin_TR, T, None)
+    expect("slots", slots_T, T)
+    if R > D or R % 2:
+        raise ValueError(f"cos_sin must have an even number of columns up to {D}, got {R}")
+    expect("kv_cache", kv_cache, None, 2, None, None, D)
+    if num_kv_heads not in kv_cache.shape[2:4] or H % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads ({num_kv_heads}) must divide {H} query heads and fit kv_cache {list(kv_cache.shape)}"
+        )
+    if (q_norm_D is None) != (k_norm_D is None):
+        raise ValueError("q_norm and k_norm are given together or not at all")
+    for name, norm in (("q_norm", q_norm_D), ("k_norm", k_norm_D)):
+        if norm is not None:
+            expect(name, norm, D)
+            expect_dtype(name, norm, "float32")
+    expect_dtype("slots", slots_T, "int32")
+    for name, buffer in (("q", q_THD), ("qkv", qkv_TX), ("cos_sin", cos_sin_TR)):
+        expect_dtype(name, buffer, "float32")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")

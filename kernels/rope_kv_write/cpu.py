@@ -1,0 +1,58 @@
+"""Norm, rotation and the cache's writing in C++."""
+
+from ctypes import Structure, c_float, c_int64, c_void_p
+
+from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.rope_kv_write import Run
+
+MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
+
+
+class Args(Structure):
+    """`cpu::RopeKvWriteArgs` of kernels/cpu/ops.h."""
+
+    _pack_ = 1
+    _fields_ = (
+        ("q", c_void_p),
+        ("kv_cache", c_void_p),
+        ("qkv", c_void_p),
+        ("cos_sin", c_void_p),
+        ("slots", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("T", c_int64),
+        ("H", c_int64),
+        ("G", c_int64),
+        ("S", c_int64),
+        ("D", c_int64),
+        ("R", c_int64),
+        ("eps", c_float),
+    )
+
+
+def bind(library: Library) -> Run:
+    """The op on one library."""
+    call = library.op("rope_kv_write", Args)
+
+    def run(
+        q_THD: Array,
+        kv_cache: Array,
+        qkv_TX: Array,
+        cos_sin_TR: Array,
+        slots_T: Array,
+        q_norm_D: Array | None = None,
+        k_norm_D: Array | None = None,
+        *,
+        num_kv_heads: int,
+        eps: float,
+    ) -> None:
+        T, H, D = q_THD.shape
+        if D > MAX_HEAD_DIM:
+            raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {D}")
+        S, R = kv_cache.shape[3], cos_sin_TR.shape[1]
+        pointers = map(pointer, (q_THD, kv_cache, qkv_TX, cos_sin_TR, slots_T))
+        q_norm = None if q_norm_D is None else pointer(q_norm_D)
+        k_norm = None if k_norm_D is None else pointer(k_norm_D)
+        call(Args(*pointers, q_norm, k_norm, T, H, num_kv_heads, S, D, R, eps))
+
+    return run

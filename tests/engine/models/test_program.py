@@ -1,0 +1,76 @@
+"""Programs as data: slots of the arena, and what the decoder emits."""
+
+from vivace.engine.models.decoder import emit
+from vivace.engine.models.program import Kind, Symbol, assign_slots, values_of
+from vivace.engine.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    RopeSpec,
+)
+
+
+def spec_of(*ropes, tied=False):
+    layers = tuple(
+        LayerSpec(AttentionSpec(4, 2, 16, rope, False, 1e-6, 0.25), MlpSpec(96)) for rope in ropes
+    )
+    return ModelSpec("LlamaForCausalLM", "llama", 260, 64, layers, 1e-6, tied, 512)
+
+
+PLAIN, WIDE = RopeSpec(1e4, 16), RopeSpec(1e6, 16)
+
+
+def test_no_two_live_values_share_a_slot():
+    program = emit(spec_of(PLAIN, PLAIN, WIDE))
+    slots = assign_slots(program)
+    written_by, last_use = {}, {}
+    for i, call in enumerate(program.calls):
+        for value in call.outs:
+            written_by.setdefault(value.owner, i)
+        last_use.update({value.owner: i for value in (*call.outs, *call.ins)})
+    last_use[program.logits.owner] = len(program.calls)
+    for a in slots:
+        for b in slots:
+            if a is not b and slots[a] == slots[b]:
+                assert last_use[a] < written_by[b] or last_use[b] < written_by[a]
+    assert set(slots) == {v.owner for v in values_of(program) if v.kind is Kind.ACTIVATION}
+
+
+def test_the_arena_does_not_grow_with_the_number_of_layers():
+    few, many = (len(set(assign_slots(emit(spec_of(*[PLAIN] * n))).values())) for n in (2, 20))
+    assert few == many
+
+
+def test_layers_with_the_same_rotation_share_its_table():
+    program = emit(spec_of(PLAIN, WIDE, PLAIN, WIDE))
+    tables = [call for call in program.calls if call.op == "rope_table"]
+    assert len(tables) == 2
+    used = [call.ins[1] for call in program.calls if call.op == "rope_kv_write"]
+    assert used == [tables[0].outs[0], tables[1].outs[0]] * 2
+
+
+def test_only_the_rows_that_need_logits_pass_the_last_layer():
+    program = emit(spec_of(PLAIN, PLAIN))
+    sizes = [call.outs[0].shape[0] for call in program.calls if call.op == "silu_mul"]
+    assert sizes == [Symbol.T, Symbol.R]
+    assert program.logits.shape == (Symbol.R, 260)
+
+
+def test_a_tied_model_has_no_head_of_its_own():
+    def weights(tied):
+        program = emit(spec_of(PLAIN, tied=tied))
+        return {v.name for v in values_of(program) if v.kind is Kind.WEIGHT}
+
+    assert weights(tied=False) - weights(tied=True) == {"lm_head"}
+
+
+def test_every_value_is_written_before_it_is_read():
+    program = emit(spec_of(PLAIN, PLAIN))
+    written = set()
+    for call in program.calls:
+        for value in call.ins:
+            if value.kind is Kind.ACTIVATION:
+                assert value.owner in written
+        written.update(value.owner for value in call.outs)
+    assert program.logits in written

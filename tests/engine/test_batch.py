@@ -1,0 +1,118 @@
+"""Chunks become the arrays that the program's inputs name."""
+
+import numpy as np
+
+from vivace.engine.batch import Batcher
+from vivace.engine.events import Sampling
+from vivace.engine.request import Request
+from vivace.engine.scheduler import Chunk
+
+BLOCK = 4
+
+
+def request(slot, tokens, blocks, *, num_computed=0, num_prompt=None, **sampling):
+    fields = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.75,
+        "min_p": 0.25,
+        "seed": 2**64 - 1,
+        "max_tokens": 9,
+        "min_tokens": 0,
+        "stop_token_ids": (),
+        "logprobs": None,
+        "prompt_logprobs": None,
+    }
+    made = Request(
+        f"r{slot}",
+        list(tokens),
+        len(tokens) if num_prompt is None else num_prompt,
+        Sampling(**(fields | sampling)),
+        arrival=0.0,
+        num_computed=num_computed,
+        blocks=list(blocks),
+        slot=slot,
+    )
+    if made.sampling.prompt_logprobs is not None:
+        made.prompt_logprobs.append(None)
+    return made
+
+
+def test_a_decode_row_and_a_chunk_of_a_prompt_in_one_batch():
+    decode = request(2, range(10, 16), [7, 3], num_computed=5, num_prompt=4)
+    prefill = request(0, range(30, 40), [1, 9, 5], num_computed=3)
+    batch = Batcher(4, 8, BLOCK).build([Chunk(decode, 1), Chunk(prefill, 4)])
+    inputs = batch.inputs
+    assert inputs["tokens"].tolist() == [15, 33, 34, 35, 36]
+    assert inputs["positions"].tolist() == [5, 3, 4, 5, 6]
+    assert inputs["slots"].tolist() == [3 * 4 + 1, 1 * 4 + 3, 9 * 4, 9 * 4 + 1, 9 * 4 + 2]
+    assert inputs["query_starts"].tolist() == [0, 1, 5]
+    assert inputs["context_lens"].tolist() == [6, 7]
+    assert inputs["block_tables"][0].tolist() == [7, 3]
+    assert inputs["block_tables"][1].tolist() == [1, 9]
+    assert inputs["rows"].tolist() == [0]  # the prompt is not at its end
+    assert [chunk.request for chunk in batch.sampled] == [decode]
+    assert all(array.dtype == np.int32 for array in inputs.values())
+    assert all(array.flags.c_contiguous for array in inputs.values())
+
+
+def test_the_tables_follow_a_request_that_grows_and_a_slot_that_changes_hands():
+    batcher = Batcher(1, 8, BLOCK)
+    first = request(0, range(4), [5])
+    batcher.build([Chunk(first, 4)])
+    first.num_computed = 4
+    first.tokens.append(9)
+    first.blocks.append(2)
+    grown = batcher.build([Chunk(first, 1)])
+    assert grown.inputs["block_tables"].tolist() == [[5, 2]]
+    second = request(0, range(3), [6], seed=11, temperature=0.0)
+    batch = batcher.build([Chunk(second, 3)])
+    assert batch.inputs["block_tables"].tolist() == [[6]]
+    assert batch.sampling.temperature_R.tolist() == [0.0]
+    assert batch.sampling.seeds_R.tolist() == [11]
+
+
+def test_sampling_rows_carry_what_the_request_asked_and_where_the_token_will_stand():
+    one = request(1, range(6), [0, 1])
+    rows = Batcher(2, 4, BLOCK).build([Chunk(one, 6)]).sampling
+    assert rows.temperature_R.tolist() == [0.5]
+    assert (rows.top_k_R.tolist(), rows.top_p_R.tolist(), rows.min_p_R.tolist()) == (
+        [3],
+        [0.75],
+        [0.25],
+    )
+    assert rows.seeds_R.view(np.uint64).tolist() == [2**64 - 1]
+    assert rows.positions_R.tolist() == [6]
+
+
+def test_stop_tokens_are_forbidden_until_min_tokens_are_there():
+    early = request(0, range(5), [0, 1], num_prompt=4, num_computed=4, min_tokens=2, stop_token_ids=(8, 9))
+    late = request(1, range(6), [2, 3], num_prompt=4, num_computed=5, min_tokens=2, stop_token_ids=(8, 9))
+    rows = Batcher(2, 4, BLOCK).build([Chunk(late, 1), Chunk(early, 1)]).sampling
+    assert rows.bias_starts.tolist() == [0, 0, 2]
+    assert rows.bias_ids.tolist() == [8, 9]
+    assert np.isneginf(rows.bias_values).all()
+
+
+def test_rows_of_prompt_logprobs_follow_the_rows_that_sample():
+    other = request(1, range(4), [4], num_computed=3, num_prompt=2, logprobs=2)
+    asks = request(0, range(20, 26), [0, 1], prompt_logprobs=5)
+    batcher = Batcher(2, 4, BLOCK)
+    batch = batcher.build([Chunk(asks, 4), Chunk(other, 1)])
+    assert batch.inputs["rows"].tolist() == [4, 0, 1, 2, 3]
+    assert [(r.request, r.first_position, r.count) for r in batch.prompt_rows] == [(asks, 1, 4)]
+    assert batch.num_logprobs == 5
+    assert batch.sampling.temperature_R.tolist() == [0.5, 0, 0, 0, 0]
+    asks.num_computed = 4
+    asks.prompt_logprobs += [None] * 4
+    batch = batcher.build([Chunk(asks, 2)])
+    assert batch.inputs["rows"].tolist() == [1, 0]  # the last row samples, the one before predicts token 5
+    assert [(r.first_position, r.count) for r in batch.prompt_rows] == [(5, 1)]
+
+
+def test_prompt_rows_that_are_recorded_already_are_not_asked_for_again():
+    again = request(0, range(8), [0, 1], prompt_logprobs=0)
+    again.prompt_logprobs += [None] * 4  # tokens 1..4, before a preemption
+    batch = Batcher(1, 4, BLOCK).build([Chunk(again, 6)])
+    assert [(r.first_position, r.count) for r in batch.prompt_rows] == [(5, 2)]
+    assert batch.inputs["rows"].tolist() == [4, 5]

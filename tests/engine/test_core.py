@@ -1,0 +1,122 @@
+"""The native engine, step by step: what ends a request, and what is left when it has ended."""
+
+import pytest
+
+from vivace.engine import core
+from vivace.engine.config import Config, CpuConfig, SchedulerConfig
+from vivace.engine.errors import InvalidRequest, Overloaded
+from vivace.engine.events import EngineRequest, FinishReason, Sampling
+
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0, 50, 0, (), None, None)
+
+
+@pytest.fixture
+def engine(tiny_qwen3):
+    """Prompts of 40 take five steps; two requests run at a time."""
+    config = Config(
+        model=tiny_qwen3,
+        scheduler=SchedulerConfig(max_step_tokens=8, max_running=2, max_waiting=4),
+        cpu=CpuConfig(threads=1),
+    )
+    return core.load(config, lambda done, total: None)
+
+
+def ask(name, length=3, *, deadline=None):
+    return EngineRequest(name, tuple(range(3, 3 + length)), GREEDY, deadline=deadline)
+
+
+def at_every_stage(engine, *, deadline=None):
+    """Three requests: one that decodes, one in the middle of its prompt, one in the queue."""
+    engine.add(ask("decodes", deadline=deadline), 0.0)
+    engine.step(0.0)
+    engine.step(0.0)
+    engine.add(ask("prefills", 40, deadline=deadline), 0.0)
+    engine.step(0.0)
+    engine.add(ask("queued", deadline=deadline), 0.0)
+    engine.step(0.0)
+    loads = engine.loads()
+    assert (loads.num_running, loads.num_waiting) == (2, 1) and loads.num_blocks_used > 0
+
+
+def test_an_abort_at_any_stage_frees_everything_within_one_step(engine):
+    at_every_stage(engine)
+    for name in ("decodes", "prefills", "queued"):
+        assert engine.abort(name)
+    events = engine.step(1.0)
+    assert {event.request_id: event.finish for event in events} == {
+        name: FinishReason.ABORT for name in ("decodes", "prefills", "queued")
+    }
+    loads = engine.loads()
+    assert (loads.num_blocks_used, loads.num_running, loads.num_waiting) == (0, 0, 0)
+    assert loads.num_requests_aborted == 3 and not engine.has_work
+
+
+def test_a_deadline_at_any_stage_frees_everything_within_one_step(engine):
+    at_every_stage(engine, deadline=5.0)
+    assert all(event.finish is None for event in engine.step(4.9))
+    events = engine.step(5.0)
+    assert {event.finish for event in events} == {FinishReason.DEADLINE} and len(events) == 3
+    assert engine.loads().num_blocks_used == 0 and not engine.has_work
+
+
+def test_an_aborted_request_ends_in_exactly_one_event(engine):
+    engine.add(ask("a"), 0.0)
+    engine.step(0.0)
+    assert engine.abort("a") and engine.abort("a")
+    assert [event.request_id for event in engine.step(0.0)] == ["a"]
+    assert not engine.abort("a")
+    assert engine.step(0.0) == []
+
+
+def test_abort_of_an_unknown_request_says_so(engine):
+    assert not engine.abort("nobody")
+    assert not engine.has_work
+
+
+def test_a_request_that_finishes_has_one_final_event_with_its_usage(engine):
+    engine.add(ask("a", 11), 2.0)
+    events = []
+    while engine.has_work:
+        events += engine.step(3.0)
+    assert [event.finish for event in events[:-1]] == [None] * 49
+    last = events[-1]
+    assert last.finish is FinishReason.LENGTH and last.stop_token_id is None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (11, 50)
+    assert last.usage.queue_s == 1.0
+    assert 0 < last.usage.first_token_s <= last.usage.total_s
+    assert all(event.usage is None for event in events[:-1])
+
+
+def test_a_full_queue_refuses_and_loses_nobody(engine):
+    for i in range(4):
+        engine.add(ask(str(i)), 0.0)
+    with pytest.raises(Overloaded):
+        engine.add(ask("one too many"), 0.0)
+    with pytest.raises(InvalidRequest):
+        engine.add(ask("0"), 0.0)
+    finished = []
+    while engine.has_work:
+        finished += [event.request_id for event in engine.step(0.0) if event.finish]
+    assert sorted(finished) == ["0", "1", "2", "3"]
+
+
+def test_the_loads_add_up(engine):
+    engine.add(ask("a", 40), 0.0)
+    while engine.has_work:
+        engine.step(0.0)
+    engine.add(ask("b", 40), 0.0)
+    while engine.has_work:
+        engine.step(0.0)
+    loads = engine.loads()
+    assert loads.num_tokens_generated == 100
+    assert loads.num_tokens_computed == 40 + 49 + (40 - 32) + 49
+    assert (loads.num_prompt_tokens, loads.num_cached_tokens) == (80, 32)
+    assert loads.num_requests_finished == 2
+    assert loads.num_blocks_cached == 5  # 89 computed tokens fill five blocks, the same for both
+
+
+def test_progress_grows_while_it_works(engine):
+    before = engine.progress()
+    engine.add(ask("a"), 0.0)
+    engine.step(0.0)
+    assert engine.progress() > before

@@ -1,0 +1,265 @@
+"""`vivace.LLM` on tiny random models: what a generation gives, and that nothing around it changes it, bit by bit."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from vivace import LLM, SamplingParams
+from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
+from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
+from vivace.kernels.backend import Backend
+
+PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64, 100)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=40, top_p=0.95, seed=7, max_tokens=24, logprobs=3, prompt_logprobs=2
+)
+
+
+def config(directory, *, threads=1, memory_bytes=None, sharing=True, backend=Backend.CPU, **scheduler):
+    return Config(
+        model=directory,
+        backend=backend,
+        scheduler=SchedulerConfig(**scheduler),
+        cache=CacheConfig(memory_bytes=memory_bytes, prefix_sharing=sharing),
+        cpu=CpuConfig(threads=threads),
+    )
+
+
+def prompts_of(llm):
+    rng = random.Random(1)
+    vocab = llm.core.info.vocab_size
+    return [{"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(n)]} for n in PROMPT_LENGTHS]
+
+
+def essence(results):
+    """All that must not change: tokens, text and every logprob to the last bit."""
+    return [
+        (
+            result.outputs[0].token_ids,
+            result.outputs[0].text,
+            result.outputs[0].finish_reason,
+            [
+                {token: (one.logprob.hex(), one.rank) for token, one in place.items()}
+                for place in (*result.outputs[0].logprobs, *result.prompt_logprobs)
+                if place is not None
+            ],
+        )
+        for result in results
+    ]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_qwen3):
+    return LLM(tiny_qwen3, config=config(tiny_qwen3))
+
+
+@pytest.fixture(scope="module")
+def alone(llm):
+    """Each prompt by itself, nothing in the cache before it."""
+    return [
+        essence(LLM(llm.directory, config=config(llm.directory)).generate(prompt, SAMPLED))[0]
+        for prompt in prompts_of(llm)
+    ]
+
+
+def test_neighbours_change_nothing(llm, alone):
+    assert essence(llm.generate(prompts_of(llm), SAMPLED)) == alone
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 512])
+def test_the_chunk_size_changes_nothing(llm, alone, chunk):
+    other = LLM(
+        llm.directory, config=config(llm.directory, max_step_tokens=chunk, max_running=min(chunk, 4))
+    )
+    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_the_number_of_threads_changes_nothing(llm, alone, threads):
+    other = LLM(llm.directory, config=config(llm.directory, threads=threads))
+    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
+
+
+def test_a_prefix_hit_changes_nothing(llm, alone):
+    fresh = LLM(llm.directory, config=config(llm.directory))
+    warm_up = replace(SAMPLED, prompt_logprobs=None)
+    first = fresh.generate(prompts_of(llm), warm_up)
+    again = fresh.generate(prompts_of(llm), warm_up)
+    assert [one.usage.cached_tokens for one in first] == [0] * len(first)
+    assert [one.usage.cached_tokens for one in again] == [(n - 1) // 16 * 16 for n in PROMPT_LENGTHS]
+    for results in (first, again):
+        for result, (tokens, text, finish, places) in zip(results, alone, strict=True):
+            output = result.outputs[0]
+            assert (output.token_ids, output.text, output.finish_reason) == (tokens, text, finish)
+            got = [{t: (o.logprob.hex(), o.rank) for t, o in place.items()} for place in output.logprobs]
+            assert got == places[: len(got)]
+    assert essence(fresh.generate(prompts_of(llm), SAMPLED)) == alone  # prompt logprobs are never cached
+
+
+def test_preemption_changes_nothing(llm, alone):
+    """A cache that holds the longest request and a little more."""
+    blocks = -(-(max(PROMPT_LENGTHS) + 24) // 16) + 2
+    block_bytes = llm.core.info.kv_bytes // llm.core.info.num_blocks
+    tight = LLM(llm.directory, config=config(llm.directory, memory_bytes=blocks * block_bytes))
+    for sharing in (True, False):
+        tight = LLM(
+            llm.directory,
+            config=config(llm.directory, memory_bytes=blocks * block_bytes, sharing=sharing),
+        )
+        results = tight.generate([*prompts_of(llm)] * 3, SAMPLED)
+        assert sum(result.usage.num_preemptions for result in results) > 0
+        assert essence(results) == alone * 3
+
+
+def test_which_blocks_a_request_gets_changes_nothing(llm, alone):
+    other = LLM(llm.directory, config=config(llm.directory, sharing=False))
+    mixed = [prompt for prompt in prompts_of(llm) for _ in range(2)]
+    random.Random(3).shuffle(mixed)
+    other.generate(mixed, SamplingParams(max_tokens=9, ignore_eos=True))  # leaves the free list in disorder
+    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
+
+
+@pytest.mark.parametrize("way", ["sharing", "no sharing"])
+def test_no_block_is_held_when_all_is_done(llm, way):
+    other = LLM(llm.directory, config=config(llm.directory, sharing=way == "sharing"))
+    other.generate(prompts_of(llm), SAMPLED)
+    loads = other.core.loads()
+    assert (loads.num_running, loads.num_waiting, loads.num_blocks_used) == (0, 0, 0)
+    assert loads.num_requests_finished == len(PROMPT_LENGTHS)
+
+
+def test_a_seed_gives_the_same_tokens_and_another_seed_others(llm):
+    params = SamplingParams(temperature=1.0, max_tokens=16, seed=5, ignore_eos=True)
+    prompt = prompts_of(llm)[2]
+    one, two = (llm.generate(prompt, params)[0].outputs[0].token_ids for _ in range(2))
+    other = llm.generate(prompt, replace(params, seed=6))[0].outputs[0].token_ids
+    assert one == two != other
+
+
+def test_unseeded_requests_differ(llm):
+    params = SamplingParams(temperature=1.5, max_tokens=16, ignore_eos=True)
+    results = llm.generate([prompts_of(llm)[2]] * 3, params)
+    assert len({result.outputs[0].token_ids for result in results}) == 3
+
+
+def test_a_stop_token_ends_the_generation_and_is_its_last_token(llm):
+    prompt = prompts_of(llm)[3]
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    tokens = llm.generate(prompt, greedy)[0].outputs[0].token_ids
+    assert len(tokens) == 12
+    stop = tokens[5]
+    output = llm.generate(prompt, replace(greedy, stop_token_ids=[stop]))[0].outputs[0]
+    assert output.token_ids == tokens[: tokens.index(stop) + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_holds_back_stop_tokens(llm):
+    prompt = prompts_of(llm)[3]
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    first = llm.generate(prompt, greedy)[0].outputs[0].token_ids[0]
+    output = llm.generate(prompt, replace(greedy, stop_token_ids=[first], min_tokens=4))[0].outputs[0]
+    assert first not in output.token_ids[:4]
+    assert len(output.token_ids) > 4
+
+
+def test_max_tokens_unset_goes_up_to_the_context(llm):
+    output = llm.generate(prompts_of(llm)[4], SamplingParams(temperature=0, ignore_eos=True))[0]
+    assert len(output.outputs[0].token_ids) == llm.core.info.max_context_tokens - 40
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_one_params_per_prompt_and_results_in_order(llm):
+    prompts = prompts_of(llm)
+    params = [SamplingParams(max_tokens=i + 1, ignore_eos=True) for i in range(len(prompts))]
+    results = llm.generate(prompts, params)
+    assert [len(result.outputs[0].token_ids) for result in results] == list(range(1, len(prompts) + 1))
+    assert [list(r.prompt_token_ids) for r in results] == [p["prompt_token_ids"] for p in prompts]
+
+
+def test_more_prompts_than_the_queue_holds(tiny_qwen3):
+    small = LLM(tiny_qwen3, config=config(tiny_qwen3, max_running=2, max_waiting=3))
+    results = small.generate([{"prompt_token_ids": [3 + i]} for i in range(20)], SamplingParams(max_tokens=2))
+    assert len(results) == 20
+
+
+def test_no_prompts_no_results(llm):
+    assert llm.generate([]) == []
+
+
+def test_logprobs_name_the_chosen_token_and_the_best(llm):
+    result = llm.generate(prompts_of(llm)[2], SAMPLED)[0]
+    output = result.outputs[0]
+    assert len(output.logprobs) == len(output.token_ids)
+    for token, place in zip(output.token_ids, output.logprobs, strict=True):
+        assert token in place and 3 <= len(place) <= 4
+        assert [one.rank for one in place.values()][:3] == [1, 2, 3]
+        assert all(one.logprob <= 0 for one in place.values())
+    assert result.prompt_logprobs[0] is None
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    for token, place in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True):
+        assert token in place
+
+
+def test_logprobs_not_asked_for_are_none(llm):
+    result = llm.generate(prompts_of(llm)[0], SamplingParams(max_tokens=2))[0]
+    assert result.outputs[0].logprobs is None and result.prompt_logprobs is None
+
+
+def test_a_stop_string_ends_the_text_and_frees_the_blocks(llm):
+    prompt = prompts_of(llm)[4]
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, skip_special_tokens=False)
+    text = llm.generate(prompt, greedy)[0].outputs[0].text
+    stop = text[len(text) // 2 :][:3]
+    output = llm.generate(prompt, replace(greedy, stop=stop))[0].outputs[0]
+    assert output.text == text[: text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert llm.core.loads().num_blocks_used == 0
+
+
+def test_nothing_is_written_to_stdout(llm, capfd):
+    llm.generate(prompts_of(llm), SAMPLED)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "words"),
+    [
+        ({"prompt_token_ids": []}, {}, InvalidRequest, "at least one token"),
+        ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt_token_ids.*1000000000"),
+        ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "shorter than the context"),
+        ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
+        ({"prompt_token_ids": [3]}, {"temperature": float("nan")}, InvalidRequest, "temperature.*nan"),
+        ({"prompt_token_ids": [3]}, {"n": 2}, Unimplemented, "n is not served"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(llm, prompt, params, error, words):
+    before = llm.core.loads()
+    with pytest.raises(error, match=words):
+        llm.generate([{"prompt_token_ids": [3]}, prompt], SamplingParams(**params))
+    assert llm.core.loads() == before
+
+
+def test_quantize_is_refused(tiny_qwen3):
+    with pytest.raises(ConfigError, match="quantize.*int8"):
+        LLM(tiny_qwen3, quantize="int8")
+
+
+def test_both_backends_agree(llm):
+    """Greedy tokens of the reference, wherever the best two are not level."""
+    reference = LLM(llm.directory, config=config(llm.directory, backend=Backend.REFERENCE))
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)
+    for ours, theirs in zip(
+        llm.generate(prompts_of(llm), params), reference.generate(prompts_of(llm), params), strict=True
+    ):
+        places = zip(
+            ours.outputs[0].token_ids,
+            theirs.outputs[0].token_ids,
+            ours.outputs[0].logprobs,
+            strict=True,
+        )
+        for token, other, place in places:
+            best, second = sorted((one.logprob for one in place.values()), reverse=True)[:2]
+            if best - second < 1e-4:
+                break
+            assert token == other

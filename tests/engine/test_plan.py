@@ -1,0 +1,92 @@
+"""What follows from a model and a machine, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
+from vivace.engine.errors import ConfigError
+from vivace.engine.models.decoder import emit
+from vivace.engine.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from vivace.engine.plan import Machine, kv_token_bytes, make_plan, num_parameters, read_machine
+
+ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), qk_norm=True, scale=8**-0.5)
+SPEC = ModelSpec(
+    architecture="Qwen3ForCausalLM",
+    names="qwen3",
+    vocab_size=100,
+    model_size=32,
+    layers=(LayerSpec(ATTENTION, MlpSpec(48)),) * 3,
+    norm_eps=1e-6,
+    tied_embeddings=True,
+    max_context_tokens=200,
+)
+PLENTY = Machine(num_cpus=2, free_bytes=64 << 30)
+
+
+def plan(tmp_path, machine=PLENTY, **settings):
+    return make_plan(Config(model=tmp_path, **settings), SPEC, emit(SPEC), machine)
+
+
+def test_bytes_and_parameters_are_counted(tmp_path):
+    per_layer = 32 * (4 + 2 * 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8
+    assert num_parameters(emit(SPEC)) == 3 * per_layer + 100 * 32 + 32
+    assert kv_token_bytes(SPEC) == 3 * 2 * 2 * 8 * 4
+    assert plan(tmp_path).weight_bytes == 4 * num_parameters(emit(SPEC))
+
+
+def test_the_cache_takes_no_more_than_its_requests_could_hold(tmp_path):
+    got = plan(tmp_path, scheduler=SchedulerConfig(max_running=3))
+    assert got.num_blocks == 3 * 13  # 200 tokens are 13 blocks of 16
+
+
+def test_the_cache_takes_a_quarter_of_the_free_memory_and_at_most_a_gibibyte(tmp_path):
+    big = replace(SPEC, max_context_tokens=1 << 20)
+    for free, want in ((2 << 30, 1 << 29), (64 << 30, 1 << 30)):
+        got = make_plan(Config(model=tmp_path), big, emit(big), Machine(2, free))
+        assert want - kv_token_bytes(SPEC) * 16 < got.kv_bytes <= want
+
+
+def test_a_small_cache_cuts_the_context(tmp_path):
+    got = plan(tmp_path, cache=CacheConfig(memory_bytes=kv_token_bytes(SPEC) * 16 * 5))
+    assert (got.num_blocks, got.max_context_tokens, got.max_blocks) == (5, 80, 5)
+
+
+def test_threads_are_the_cpus_unless_set(tmp_path):
+    assert plan(tmp_path).threads == 2
+    assert plan(tmp_path, cpu=CpuConfig(threads=5)).threads == 5
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "words"),
+    [
+        (Machine(2, 1 << 20), {}, r"not enough memory: weights 0 MiB.*1 MiB is free"),
+        (PLENTY, {"cache": CacheConfig(memory_bytes=1 << 40)}, "not enough memory.*KV cache 1,048,576 MiB"),
+        (PLENTY, {"cache": CacheConfig(memory_bytes=100)}, r"cache\.memory_bytes \(100\) must hold"),
+        (PLENTY, {"max_context_tokens": 201}, r"max_context_tokens must be in 2\.\.200.*got 201"),
+        (PLENTY, {"max_context_tokens": 1}, "got 1"),
+    ],
+)
+def test_what_cannot_fit_is_refused_in_one_line(tmp_path, machine, settings, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        plan(tmp_path, machine, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_this_machine_can_be_read():
+    machine = read_machine()
+    assert machine.num_cpus >= 1 and machine.free_bytes > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (lambda: SchedulerConfig(max_step_tokens=4, max_running=8), "each decodes one token a step"),
+        (lambda: SchedulerConfig(max_running=0), r"scheduler\.max_running .* at least 1, got 0"),
+        (lambda: CacheConfig(block_tokens=0), r"cache\.block_tokens"),
+        (lambda: CpuConfig(threads=0), r"cpu\.threads"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        settings()

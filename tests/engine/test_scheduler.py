@@ -1,0 +1,433 @@
+"""The scheduler's promises, with the real pool and prefix index, and no model."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from vivace.engine.blocks import BlockPool
+from vivace.engine.config import SchedulerConfig
+from vivace.engine.errors import InvalidRequest, Overloaded
+from vivace.engine.events import FinishReason, Sampling
+from vivace.engine.prefix import PrefixIndex
+from vivace.engine.request import Request
+from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS, Scheduler
+
+BLOCK = 4  # tokens
+
+
+def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, stop=()):
+    return Sampling(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=0,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=stop,
+        logprobs=None,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None):
+    return Request(
+        str(name),
+        list(tokens),
+        len(tokens),
+        sampling(max_tokens, prompt_logprobs=prompt_logprobs),
+        arrival=0.0,
+        deadline=deadline,
+        salt=salt,
+        prompt_logprobs=[] if prompt_logprobs is None else [None],
+    )
+
+
+class World:
+    """The real scheduler over a model that writes every position it is given, and checks every position it reads."""
+
+    def __init__(self, num_blocks=64, *, max_step=16, max_running=8, max_waiting=100, sharing=True):
+        self.config = SchedulerConfig(
+            max_step_tokens=max_step, max_running=max_running, max_waiting=max_waiting
+        )
+        self.prefix = PrefixIndex(BLOCK, b"key")
+        self.pool = BlockPool(num_blocks, self.prefix)
+        self.scheduler = Scheduler(
+            self.config, self.pool, self.prefix, block_tokens=BLOCK, prefix_sharing=sharing
+        )
+        self.cache = {}  # (block, offset) -> (salt, all tokens up to here)
+        self.finished = {}  # id -> why
+        self.live = {}  # id -> request
+        self.num_computed = 0
+
+    def add(self, new):
+        self.scheduler.add(new)
+        self.live[new.id] = new
+
+    def end(self, name, why):
+        ended = self.scheduler.end(name)
+        if name in self.live:
+            assert ended is self.live.pop(name)
+            assert name not in self.finished
+            self.finished[name] = why
+        else:
+            assert ended is None
+
+    def step(self, now=0.0, token=None):
+        for name in list(self.scheduler.expired(now)):
+            self.end(name, FinishReason.DEADLINE)
+        chunks = self.scheduler.step(now)
+        assert bool(chunks) == bool(self.live), "work waits, and nothing runs"
+        assert sum(c.num_tokens for c in chunks) <= self.config.max_step_tokens
+        assert len({c.request.id for c in chunks}) == len(chunks) <= self.config.max_running
+        for chunk in chunks:
+            self._compute(chunk)
+        for chunk in chunks:
+            sampled = (len(chunk.request.tokens) % 3 if token is None else token) if chunk.samples else None
+            if chunk.request.wants_prompt_logprobs:
+                known = len(chunk.request.prompt_logprobs)
+                last = min(chunk.end, chunk.request.num_prompt_tokens - 1)
+                assert chunk.request.num_computed < known, "a logprob's position was skipped"
+                chunk.request.prompt_logprobs += [None] * max(0, last + 1 - known)
+            finish = self.scheduler.commit(chunk, sampled)
+            if finish is not None:
+                self.finished[chunk.request.id] = finish
+                assert len(chunk.request.prompt_logprobs) in (0, chunk.request.num_prompt_tokens)
+                del self.live[chunk.request.id]
+        return chunks
+
+    def _compute(self, chunk):
+        asked, start = chunk.request, chunk.request.num_computed
+        for i in range(chunk.end):
+            slot = asked.blocks[i // BLOCK], i % BLOCK
+            if i >= start:
+                assert self.pool.num_holders(slot[0]) == 1, "writes into a shared block"
+                self.cache[slot] = asked.salt, tuple(asked.tokens[: i + 1])
+            assert self.cache[slot] == (asked.salt, tuple(asked.tokens[: i + 1])), "reads another's block"
+        self.num_computed += chunk.num_tokens
+
+    def run(self, limit=10_000):
+        for _ in range(limit):
+            if not self.live:
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps: {sorted(self.live)}")
+
+    def check(self):
+        """Every block is held by exactly those who list it; nothing is lost; nobody is listed twice."""
+        held = {}
+        for one in self.live.values():
+            assert len(set(one.blocks)) == len(one.blocks)
+            for block in one.blocks:
+                held[block] = held.get(block, 0) + 1
+        for block in range(self.pool.num_blocks):
+            assert self.pool.num_holders(block) == held.get(block, 0)
+        assert self.pool.num_available == self.pool.num_blocks - len(held)
+        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
+
+
+def test_a_long_prompt_does_not_stop_others_decoding():
+    world = World()
+    world.add(request("a", [1] * 3, 30))
+    world.step()
+    world.add(request("b", [0] * 100, 1))
+    assert [(c.request.id, c.num_tokens) for c in world.step()] == [("a", 1), ("b", 15)]
+
+
+def test_a_step_that_preempts_starts_nobody_and_takes_the_newest():
+    world = World(num_blocks=8, sharing=False)
+    world.add(request("old", [1] * 7, 20))
+    world.add(request("new", [2] * 15, 12))
+    while world.live["old"].num_preemptions == world.live["new"].num_preemptions == 0:
+        world.add(request(f"later {world.num_computed}", [3], 1))
+        chunks = world.step()
+    assert [c.request.id for c in chunks] == ["old"]
+    assert world.live["new"].num_preemptions == 1 and world.live["new"].blocks == []
+    world.run()
+    assert set(world.finished.values()) == {FinishReason.LENGTH}
+
+
+def test_nobody_starts_only_to_be_preempted_at_once():
+    world = World(num_blocks=4, sharing=False)
+    world.add(request("old", [1] * 8, 8))
+    world.step()
+    world.add(request("new", [2] * 4, 4))  # one block is free for it, and the old one's next token needs another
+    world.add(request("newer", [3] * 4, 4))
+    everyone = list(world.live.values())
+    world.run()
+    assert [one.num_preemptions for one in everyone] == [0, 0, 0]
+
+
+def test_an_id_used_again_has_its_own_deadline():
+    world = World()
+    world.add(request("a", [1], 1, deadline=5.0))
+    world.run()
+    del world.finished["a"]
+    world.add(request("a", [1], 1, deadline=9.0))
+    assert list(world.scheduler.expired(5.0)) == []
+    assert list(world.scheduler.expired(9.0)) == ["a"]
+
+
+def test_those_who_wait_for_a_prefix_keep_their_place_in_line():
+    world = World(max_running=2, max_step=64)
+    world.add(request("leader", range(24), 1))
+    world.add(request("first", range(24), 2))
+    world.add(request("second", range(24), 2))
+    for i in range(4):
+        world.add(request(f"later {i}", [50 + i], 1))
+    assert [c.request.id for c in world.step()] == ["leader", "later 0"]
+    assert [c.request.id for c in world.step()] == ["first", "second"]
+
+
+def test_a_full_queue_is_overloaded():
+    world = World(max_waiting=1)
+    world.add(request("a", [0], 2))
+    with pytest.raises(Overloaded, match="1 requests are already waiting"):
+        world.add(request("b", [0], 2))
+
+
+def test_what_can_never_fit_is_refused_at_the_door():
+    world = World(num_blocks=4)
+    with pytest.raises(InvalidRequest, match="need 5 blocks, the cache has 4"):
+        world.add(request("a", [0] * 8, 9))
+    world.add(request("b", [0] * 8, 8))
+    world.run()
+
+
+def test_an_id_in_use_is_refused():
+    world = World()
+    world.add(request("a", [0], 2))
+    with pytest.raises(InvalidRequest, match="'a' is in use"):
+        world.add(request("a", [0], 2))
+
+
+def test_a_second_request_with_the_same_prompt_computes_only_its_end():
+    world = World()
+    world.add(request("a", range(10), 1))
+    world.run()
+    before = world.num_computed
+    world.add(request("b", range(10), 1))
+    world.run()
+    assert world.num_computed - before == 2  # two blocks of four were found
+
+
+def test_prefixes_are_not_shared_across_salts():
+    world = World()
+    for salt in (b"tenant 1", b"tenant 2"):
+        world.add(request(salt, range(12), 1, salt=salt))
+        world.run()
+    assert world.num_computed == 24
+
+
+def test_requests_that_share_a_prefix_compute_it_once_though_they_come_together():
+    world = World()
+    for i in range(4):
+        world.add(request(i, [*range(40), 100 + i], 1))
+    world.run()
+    assert world.num_computed == 41 + 3
+
+
+def test_those_who_do_not_share_the_prefix_overtake_those_who_wait_for_it():
+    world = World(max_step=24)
+    world.add(request("leader", range(40), 1))
+    world.add(request("waits", range(40), 1))
+    world.add(request("other", range(100, 120), 1))
+    assert [c.request.id for c in world.step()] == ["leader"]
+    assert [c.request.id for c in world.step()] == ["leader", "other"]
+
+
+@pytest.mark.parametrize("way", ["abort", "deadline"])
+def test_when_the_leader_of_a_prefix_ends_early_a_waiter_takes_over(way):
+    world = World()
+    world.add(request("leader", range(40), 1, deadline=5.0 if way == "deadline" else None))
+    world.add(request("first", range(40), 1))
+    world.add(request("second", range(40), 1))
+    world.step(now=1.0)
+    if way == "abort":
+        world.end("leader", FinishReason.ABORT)
+    chunks = world.step(now=6.0)
+    assert [c.request.id for c in chunks] == ["first"]
+    assert chunks[0].request.num_cached_tokens == 16  # what the leader had finished is not lost
+    world.run()
+    assert world.finished["first"] == world.finished["second"] == FinishReason.LENGTH
+
+
+def test_when_the_leader_of_a_prefix_is_preempted_nobody_hangs():
+    world = World(num_blocks=14, max_step=8, max_running=8)
+    world.add(request("old", [9] * 3, 30))
+    world.step()
+    world.add(request("leader", range(36), 4))
+    world.add(request("waiter", range(36), 4))
+    world.run()
+    assert set(world.finished.values()) == {FinishReason.LENGTH}
+
+
+def test_a_deadline_ends_a_request_wherever_it_is_and_frees_its_blocks():
+    world = World(max_running=2, max_step=4)
+    world.add(request("decodes", [1], 30, deadline=10.0))
+    world.step(now=0.0)
+    world.add(request("prefills", range(50), 5, deadline=10.0))
+    world.step(now=1.0)
+    world.add(request("queued", [2], 5, deadline=10.0))
+    world.step(now=2.0)
+    assert world.scheduler.num_waiting == 1
+    for name in list(world.scheduler.expired(10.0)):
+        world.end(name, FinishReason.DEADLINE)
+    assert world.live == {} and world.pool.num_available == world.pool.num_blocks
+
+
+def test_prompt_logprobs_take_a_bounded_number_of_rows_a_step_and_no_cached_ones():
+    world = World(num_blocks=200, max_step=200)
+    world.add(request("a", range(100), 1))
+    world.run()
+    world.add(request("b", range(100), 1, prompt_logprobs=0))
+    world.add(request("c", range(100), 1, prompt_logprobs=0))
+    assert sum(c.num_tokens for c in world.step()) == MAX_PROMPT_LOGPROB_ROWS
+    world.run()
+    assert world.num_computed == 300
+
+
+def test_what_was_released_last_outlives_what_was_released_first():
+    world = World(num_blocks=6)
+    world.add(request("a", range(9), 1))
+    world.run()
+    world.add(request("b", range(100, 109), 1))
+    world.run()
+    world.add(request("c", range(200, 209), 1))  # takes the free blocks and the oldest cached ones
+    world.run()
+    before = world.num_computed
+    world.add(request("again", range(100, 109), 1))
+    world.run()
+    assert world.num_computed - before == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
+    rng = random.Random(seed)
+    world = World(num_blocks=rng.randint(12, 40), sharing=bool(seed % 2))
+    for i in range(30):
+        stem = list(range(rng.choice([0, 8, 20])))
+        tokens = stem + [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
+        world.add(request(i, tokens, rng.randint(1, 8)))
+    world.run()
+    assert len(world.finished) == 30
+    world.check()
+
+
+def test_preemption_really_happens_in_random_traffic():
+    """The test above would prove little if its pools were never short."""
+    total = 0
+    for seed in range(10):
+        rng = random.Random(seed)
+        world = World(num_blocks=12)
+        requests = [
+            request(i, [rng.randint(0, 2) for _ in range(rng.randint(1, 20))], 8) for i in range(30)
+        ]
+        for one in requests:
+            world.add(one)
+        world.run()
+        total += sum(one.num_preemptions for one in requests)
+    assert total > 10
+
+
+class Traffic(RuleBasedStateMachine):
+    """Arrivals, aborts, deadlines and steps in any order, under memory pressure."""
+
+    @initialize(
+        num_blocks=st.integers(9, 40),
+        max_step=st.integers(4, 40),
+        max_running=st.integers(1, 4),
+        sharing=st.booleans(),
+    )
+    def start(self, num_blocks, max_step, max_running, sharing):
+        self.world = World(
+            num_blocks, max_step=max_step, max_running=max_running, max_waiting=12, sharing=sharing
+        )
+        self.now = 0.0
+        self.added = set()
+        self.oldest_wait = 0
+
+    @rule(
+        stem=st.sampled_from([0, 4, 8, 9, 16]),
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 8),
+        salt=st.sampled_from([b"", b"", b"other"]),
+        patience=st.sampled_from([None, None, 2.0, 9.0]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    )
+    def arrive(self, stem, tail, max_tokens, salt, patience, prompt_logprobs):
+        new = request(
+            len(self.added),
+            [*range(stem), *tail],
+            max_tokens,
+            salt=salt,
+            deadline=None if patience is None else self.now + patience,
+            prompt_logprobs=prompt_logprobs,
+        )
+        try:
+            self.world.add(new)
+        except Overloaded:
+            assert self.world.scheduler.num_waiting == 12
+        else:
+            self.added.add(new.id)
+
+    @rule(which=st.integers(0, 30))
+    def abort(self, which):
+        name = str(which)
+        self.world.end(name, FinishReason.ABORT)
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count):
+        for _ in range(count):
+            self.now += 1.0
+            self.world.step(self.now)
+
+    @invariant()
+    def blocks_are_accounted_for(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.run()
+            assert set(self.world.finished) == self.added
+            assert self.world.pool.num_available == self.world.pool.num_blocks
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def test_a_request_that_needs_much_memory_starts_though_small_ones_keep_coming():
+    world = World(num_blocks=10, max_running=4)
+    for i in range(4):
+        world.add(request(f"small {i}", [i] * 4, 4))
+    world.step()
+    world.add(request("big", [7] * 36, 2))
+    for i in range(200):
+        if "big" in world.finished:
+            return
+        world.add(request(f"later {i}", [i, i + 1], 3))
+        world.step()
+    raise AssertionError("the big request starved")
+
+
+def test_a_request_that_waits_for_a_prefix_starts_though_others_keep_coming():
+    world = World(num_blocks=30, max_running=4, max_step=8)
+    world.add(request("leader", range(40), 1))
+    world.step()
+    world.add(request("waiter", range(40), 1))
+    for i in range(100):
+        if "waiter" in world.finished:
+            return
+        world.add(request(f"later {i}", [*range(12), 50 + i], 2))
+        world.step()
+    raise AssertionError("the waiter starved")

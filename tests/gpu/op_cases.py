@@ -1,0 +1,182 @@
+"""Random inputs for every op, and the comparison of two backends on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vivace.kernels.backend import Ops
+from vivace.kernels.buffer import DType
+
+Array = np.ndarray[Any, Any]
+FP32, INT32 = DType.FP32, DType.INT32
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Stands for a KV cache among a case's buffers: each backend makes its own, and it is filled by
+    a write."""
+
+    num_blocks: int
+    block_tokens: int
+    k_TGD: Array
+    v_TGD: Array
+    slots_T: Array
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an op: outs by shape and type, then inputs, then attributes."""
+
+    name: str
+    op: str
+    outs: tuple[tuple[tuple[int, ...], DType], ...]
+    ins: tuple[Array | Cache, ...]
+    attrs: dict[str, float | int]
+    tolerance: float = 1e-5
+
+
+def compare(case: OpCase, first: Ops, second: Ops) -> float:
+    """The largest difference of any output, as a fraction of its largest number."""
+    worst = 0.0
+    for got, want in zip(_run(case, first), _run(case, second), strict=True):
+        a, b = got.astype(np.float64), want.astype(np.float64)
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return float("inf")  # something is infinite or NaN on one side only
+        a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+        if a.size:
+            worst = max(worst, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
+    return worst
+
+
+def _run(case: OpCase, ops: Ops) -> list[Array]:
+    memory = ops.memory
+    outs = [memory.empty(shape, dtype) for shape, dtype in case.outs]
+    ins = [_filled(ops, x) if isinstance(x, Cache) else memory.upload(x) for x in case.ins]
+    if case.op == "rope_kv_write":
+        cache, *rest = ins
+        ops.rope_kv_write(outs[0], cache, *rest, **case.attrs)
+        written = next(x for x in case.ins if isinstance(x, Cache))
+        T, G, D = written.k_TGD.shape
+        k, v = memory.empty((T, G, D), FP32), memory.empty((T, G, D), FP32)
+        ops.kv_read(k, v, cache, memory.upload(written.slots_T))
+        return [np.array(memory.read(x)) for x in (outs[0], k, v)]
+    getattr(ops, case.op)(*outs, *ins, **case.attrs)
+    return [np.array(memory.read(out)) for out in outs]
+
+
+def _filled(ops: Ops, cache: Cache) -> Any:
+    """A cache that holds k and v as they are: written with a rotation by no angle."""
+    T, G, D = cache.k_TGD.shape
+    memory = ops.memory
+    buffer = memory.kv_cache(cache.num_blocks, cache.block_tokens, G, D, FP32)
+    rows = np.concatenate((cache.k_TGD, cache.k_TGD, cache.v_TGD), axis=1).reshape(T, 3 * G * D)
+    cos_sin = np.concatenate((np.ones((T, D // 2)), np.zeros((T, D // 2))), axis=1)
+    ops.rope_kv_write(
+        memory.empty((T, G, D), FP32),
+        buffer,
+        memory.upload(np.ascontiguousarray(rows, np.float32)),
+        memory.upload(np.ascontiguousarray(cos_sin, np.float32)),
+        memory.upload(cache.slots_T),
+        num_kv_heads=G,
+        eps=1e-6,
+    )
+    return buffer
+
+
+def op_cases() -> Iterator[OpCase]:
+    """Every op that a model or the sampler calls, at sizes that are awkward or usual."""
+    rng = np.random.default_rng(5)
+    for T, N, K in ((1, 768, 256), (7, 33, 65), (64, 640, 256), (512, 256, 512)):
+        outs, ins = (((T, N), FP32),), (_normal(rng, T, K), _normal(rng, N, K))
+        yield OpCase(f"linear {T}x{N}x{K}", "linear", outs, ins, {})
+    for T, M in ((1, 256), (7, 33), (129, 512)):
+        yield from _row_cases(rng, T, M)
+    yield from _rope_cases(rng)
+    for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128)):
+        yield _attention_case(rng, H, G, D)
+    for R, V in ((1, 17), (5, 260), (33, 4096)):
+        yield from _sampler_cases(rng, R, V)
+
+
+def _row_cases(rng: np.random.Generator, T: int, M: int) -> Iterator[OpCase]:
+    x, residual, weight = _normal(rng, T, M), _normal(rng, T, M), _normal(rng, M)
+    out, at = ((T, M), FP32), f"{T}x{M}"
+    eps: dict[str, float | int] = {"eps": 1e-6}
+    yield OpCase(f"rmsnorm {at}", "rmsnorm", (out,), (x, weight), eps)
+    yield OpCase(f"add_rmsnorm {at}", "add_rmsnorm", (out, out), (x, residual, weight), eps)
+    yield OpCase(f"silu_mul {at}", "silu_mul", (out,), (_normal(rng, T, 2 * M),), {})
+    table = _normal(rng, 50, M)
+    yield OpCase(f"embed {at}", "embed", (out,), (_ints(rng, 50, T), table), {}, 0.0)
+    yield OpCase(f"take_rows {at}", "take_rows", (out,), (table, _ints(rng, 50, T)), {}, 0.0)
+
+
+def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
+    for T, D in ((1, 8), (33, 64), (200, 128)):
+        inv_freq = (10000.0 ** (-np.arange(0, D, 2) / D)).astype(np.float32)
+        ins = (_ints(rng, 4000, T), inv_freq)
+        yield OpCase(f"rope_table {T}x{D}", "rope_table", (((T, D), FP32),), ins, {"scale": 1.0})
+    for T, H, G, D in ((1, 4, 2, 16), (40, 8, 2, 64), (17, 6, 6, 80)):
+        slots = rng.permutation(128)[:T].astype(np.int32)
+        zeros = np.zeros((T, G, D), np.float32)
+        angles = rng.uniform(0, 6, (T, D // 2))
+        cos_sin = np.concatenate((np.cos(angles), np.sin(angles)), axis=1).astype(np.float32)
+        ins = (
+            Cache(8, 16, zeros, zeros, slots),
+            _normal(rng, T, (H + 2 * G) * D),
+            cos_sin,
+            slots,
+        )
+        attrs: dict[str, float | int] = {"num_kv_heads": G, "eps": 1e-6}
+        out = (((T, H, D), FP32),)
+        yield OpCase(f"rope_kv_write {T}x{H}x{D}", "rope_kv_write", out, ins, attrs)
+        norms = (_normal(rng, D), _normal(rng, D))
+        yield OpCase(f"rope_kv_write+norm {T}x{H}x{D}", "rope_kv_write", out, ins + norms, attrs)
+
+
+def _attention_case(rng: np.random.Generator, H: int, G: int, D: int) -> OpCase:
+    """Two decoding requests and two prompts' chunks in one call, contexts around a split of 256."""
+    S, contexts, counts = 16, (257, 31, 256, 600), (1, 1, 7, 64)
+    columns = -(-max(contexts) // S)
+    tables = rng.permutation(4 * columns).reshape(4, columns).astype(np.int32)
+    slots = np.concatenate(
+        [
+            table[np.arange(n) // S] * S + np.arange(n) % S
+            for table, n in zip(tables, contexts, strict=True)
+        ]
+    ).astype(np.int32)
+    total, T = len(slots), sum(counts)
+    cache = Cache(4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    ins = (_normal(rng, T, H, D), cache, tables, starts, np.array(contexts, np.int32))
+    attrs: dict[str, float | int] = {"num_kv_heads": G, "scale": D**-0.5}
+    return OpCase(f"attention {H}/{G}x{D}", "attention", (((T, H, D), FP32),), ins, attrs)
+
+
+def _sampler_cases(rng: np.random.Generator, R: int, V: int) -> Iterator[OpCase]:
+    logits = 3 * _normal(rng, R, V)
+    vectors = (
+        rng.choice([0.0, 0.7, 1.0], R).astype(np.float32),  # temperature
+        rng.choice([0, 5], R).astype(np.int32),  # top_k
+        rng.choice([1.0, 0.9], R).astype(np.float32),  # top_p
+        rng.choice([0.0, 0.05], R).astype(np.float32),  # min_p
+        rng.integers(-(2**62), 2**62, R).astype(np.int64),  # seeds
+        _ints(rng, 500, R),  # positions
+        np.arange(R + 1, dtype=np.int32),  # one biased token a row
+        _ints(rng, V, R),
+        rng.choice([1.5, -np.inf], R).astype(np.float32),
+    )
+    outs = (((R,), INT32), ((R, V), FP32))
+    yield OpCase(f"sample {R}x{V}", "sample", outs, (logits, *vectors), {})
+    K = 5
+    tops = (((R,), FP32), ((R,), INT32), ((R, K), INT32), ((R, K), FP32))
+    yield OpCase(f"logprobs {R}x{V}", "logprobs", tops, (logits, _ints(rng, V, R)), {})
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def _ints(rng: np.random.Generator, end: int, *shape: int) -> Array:
+    return rng.integers(0, end, shape).astype(np.int32)
