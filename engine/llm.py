@@ -140,17 +140,14 @@ class LLM:
             self._core.step(time.monotonic())
 
     def _push(self, running: dict[str, _Job], event: TokenEvent) -> None:
-        job = running.get(event.request_id)
-        if job is None:
-            return  # the engine's own end of a request that a stop string has ended
-        text_event = job.completion.push(event)
-        if text_event is None:
-            return
-        job.events.append(text_event)
-        if text_event.finish is not None:
+        job = running[event.request_id]
+        before = job.completion.matched
+        shown = job.completion.push(event)
+        job.events.append(shown)
+        if shown.finish is not None:
             del running[event.request_id]
-            if event.finish is None:
-                self._core.abort(event.request_id)
+        elif job.completion.matched is not None and before is None:
+            self._core.abort(event.request_id)
 
     def _output(self, job: _Job) -> RequestOutput:
         last = job.events[-1]

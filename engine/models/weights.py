@@ -122,16 +122,7 @@ def open_checkpoint(directory: Path) -> dict[str, Tensor]:
         return {tensor.name: tensor for tensor in read_file(single)}
     if not index.exists():
         raise _no_weights(directory)
-    weight_map = read_fields(index).raw("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError(f"{index}: weight_map must be an object that names tensors")
-    for shard in weight_map.values():
-        # A plain name, so that an index cannot reach files elsewhere. (A link is the owner's
-        # doing: caches use them.)
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise ArtifactError(
-                f"{index}: {shard!r} is not the name of a safetensors file beside it"
-            )
+    weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(weight_map.values()):
         for tensor in read_file(directory / shard):
@@ -142,6 +133,20 @@ def open_checkpoint(directory: Path) -> dict[str, Tensor]:
         if name not in tensors:
             raise ArtifactError(f"{index}: lists {name}, which {shard} does not hold")
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to shard. A shard is a plain name, so that an index cannot reach files elsewhere. (A
+    link is the owner's doing: caches use them.)"""
+    weight_map = read_fields(index).raw("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{index}: weight_map must be an object that names tensors")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise ArtifactError(
+                f"{index}: {shard!r} is not the name of a safetensors file beside it"
+            )
+    return weight_map
 
 
 def read_file(path: Path) -> list[Tensor]:

@@ -11,8 +11,16 @@ from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
 from vivace.kernels.backend import Backend
 
 PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64, 100)
+MAX_TOKENS = 50
 SAMPLED = SamplingParams(
-    temperature=0.9, top_k=40, top_p=0.95, seed=7, max_tokens=24, logprobs=3, prompt_logprobs=2
+    temperature=0.9,
+    top_k=40,
+    top_p=0.95,
+    seed=7,
+    max_tokens=MAX_TOKENS,
+    ignore_eos=True,
+    logprobs=3,
+    prompt_logprobs=2,
 )
 
 
@@ -99,9 +107,8 @@ def test_a_prefix_hit_changes_nothing(llm, alone):
 
 def test_preemption_changes_nothing(llm, alone):
     """A cache that holds the longest request and a little more."""
-    blocks = -(-(max(PROMPT_LENGTHS) + 24) // 16) + 2
+    blocks = -(-(max(PROMPT_LENGTHS) + MAX_TOKENS) // 16) + 1
     block_bytes = llm.core.info.kv_bytes // llm.core.info.num_blocks
-    tight = LLM(llm.directory, config=config(llm.directory, memory_bytes=blocks * block_bytes))
     for sharing in (True, False):
         tight = LLM(
             llm.directory,

@@ -10,7 +10,7 @@ from vivace.engine.models.decoder import emit
 from vivace.engine.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
 from vivace.engine.plan import Machine, kv_token_bytes, make_plan, num_parameters, read_machine
 
-ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), qk_norm=True, scale=8**-0.5)
+ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), qk_norm=True, norm_eps=1e-6, scale=8**-0.5)
 SPEC = ModelSpec(
     architecture="Qwen3ForCausalLM",
     names="qwen3",

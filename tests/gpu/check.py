@@ -37,7 +37,7 @@ QUESTIONS = (
     "I want a refund for order 112-3456789-0000001.",
     "Can I exchange my shoes for a larger size?",
     "Please cancel order 111-2223334-5556667.",
-    "我的订单什么时候发货？",
+    "我的订单什么时候发货",
 )
 SYSTEM = "You are a polite support agent of the online shop Northstar Market. Keep answers short."
 TINY = {
@@ -160,6 +160,7 @@ def describe(device_name: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": sys.version.split()[0],
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain"),
     }
 
 

@@ -1,5 +1,6 @@
 """Programs as data: slots of the arena, and what the decoder emits."""
 
+from vivace.engine.models.builder import Builder
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.program import Kind, Symbol, assign_slots, values_of
 from vivace.engine.models.spec import (
@@ -35,6 +36,16 @@ def test_no_two_live_values_share_a_slot():
             if a is not b and slots[a] == slots[b]:
                 assert last_use[a] < written_by[b] or last_use[b] < written_by[a]
     assert set(slots) == {v.owner for v in values_of(program) if v.kind is Kind.ACTIVATION}
+
+
+def test_the_logits_keep_their_slot_to_the_end():
+    b = Builder()
+    weight = b.weight("w", 8, 8)
+    first = b.linear(b.input("x", Symbol.T, 8), weight)
+    second = b.linear(first, weight)
+    b.linear(b.linear(second, weight), weight)
+    slots = assign_slots(b.finish(logits=first))
+    assert [value for value, slot in slots.items() if slot == slots[first]] == [first]
 
 
 def test_the_arena_does_not_grow_with_the_number_of_layers():

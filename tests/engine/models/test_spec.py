@@ -203,11 +203,11 @@ def test_generation_defaults_and_the_end_tokens_of_both_files(write):
         "top_k": 20,
         "min_p": 0.05,
         "do_sample": False,
-        "eos_token_id": [255, 259],
+        "eos_token_id": [255, 257, 259],
     }
     got = read_generation_defaults(write(settings, "generation_config.json"))
     assert (got.temperature, got.top_p, got.top_k, got.min_p) == (0.7, 0.9, 20, 0.05)
-    assert (got.eos_token_ids, got.ignored) == ((255, 259, 257), ())
+    assert (got.eos_token_ids, got.ignored) == ((255, 257, 259), ())
 
 
 def test_without_a_generation_config_only_the_end_token_is_set(write):

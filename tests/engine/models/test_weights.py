@@ -99,6 +99,7 @@ def test_tensors_at_odd_offsets_are_read(checkpoint):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     got = load_all(checkpoint)
     assert all(np.array_equal(got[name], want[name]) for name in want)
+    assert all(array.flags.aligned for array in got.values())  # the C++ library needs it
 
 
 def test_a_missing_tensor_is_named(edit):

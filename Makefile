@@ -1,0 +1,49 @@
+# The two commands of the README are `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+PORT ?= 50051
+SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) CMakeLists.txt setup.py pyproject.toml constraints.txt
+# One thread each for what brings its own pools; our own errors show from a checkout's root.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: base setup demo check test serve gpu-check proto clean
+
+base: $(VENV)/base.stamp
+setup: $(VENV)/setup.stamp
+
+$(VENV)/base.stamp: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/setup.stamp: $(VENV)/base.stamp
+	$(PIP) install torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: base
+	$(BIN)/python examples/northstar/demo.py
+
+serve: base
+	@test -n "$(MODEL)" || { echo "usage: make serve MODEL=folder [PORT=n]" >&2; exit 2; }
+	$(BIN)/vivace serve $(MODEL) --port $(PORT)
+
+check: setup
+	$(TEST_ENV) $(BIN)/python tests/stages.py lint types fast
+
+test: setup
+	$(TEST_ENV) $(BIN)/python tests/stages.py lint types all package
+
+gpu-check:
+	@test -n "$(RESULTS)" || { echo "usage: make gpu-check RESULTS=folder" >&2; exit 2; }
+	cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/kernels
+	cmake --build build/gpu --parallel 4
+	PYTHONPATH=src:. $(PYTHON) tests/gpu/check.py --results $(RESULTS)
+
+proto: setup
+	$(BIN)/python serving/protos/generate.py
+
+clean:
+	rm -rf build dist $(VENV) src/*.egg-info kernels/*.so

@@ -1,0 +1,180 @@
+"""From an engine's tokens to text: streaming without splitting a character, and stop strings. Above every runtime.
+
+The engine knows no text. When a stop string is found here, the engine's request is aborted, and its own final event,
+which says that its blocks are free, is waited for and passed on as a stop.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
+from vivace.engine.runtimes import Engine
+from vivace.engine.sampling import TextRules
+from vivace.engine.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not (yet) a character
+MAX_UNSURE = 3  # replacements at the end of a text that more bytes may still turn into a character
+KEPT_TOKENS = 8  # decoded again before new ones: more than a character takes, and decoders look at their neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """A new piece of one request. The last one, and no other, has `finish` and `usage`."""
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    finish: FinishReason | None = None
+    stop: int | str | None = None  # the token or string that ended it
+    usage: Usage | None = None
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, piece by piece; the pieces joined are the decoded whole."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []  # the last few
+        self._num_shown = 0  # characters of their text
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; empty in the middle of a character."""
+        self._ids.append(token_id)
+        text = self._decode()
+        sure = max(self._num_shown, _num_sure(text))
+        piece = text[self._num_shown : sure]
+        self._num_shown = sure
+        if len(self._ids) >= 2 * KEPT_TOKENS:
+            self._ids = self._ids[-KEPT_TOKENS:]
+            self._num_shown = _num_sure(self._decode())
+        return piece
+
+    def finish(self) -> str:
+        """What is left: bytes that never became a character."""
+        return self._decode()[self._num_shown :]
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+
+
+def _num_sure(text: str) -> int:
+    """Characters that more tokens cannot change."""
+    tail = text[-MAX_UNSURE:]
+    return len(text) - (len(tail) - len(tail.rstrip(REPLACEMENT)))
+
+
+class Completion:
+    """One request's text. `push` its engine events in order; stop at the one that comes back with `finish`."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: TextRules) -> None:
+        self._rules = rules
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=rules.skip_special_tokens)
+        self._num_tokens = 0
+        self._held = ""  # text that may yet turn out to begin a stop string
+        self._matched: str | None = None
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was found: the engine's request must now be aborted."""
+        return self._matched
+
+    def push(self, event: TokenEvent) -> TextEvent:
+        """What the event shows. After a match, tokens are dropped, and the engine's final event becomes a stop."""
+        if self._matched is not None:
+            return self._after_match(event)
+        text, count = "", 0
+        for token_id in event.token_ids:
+            count += 1
+            if token_id != event.stop_token_id or count < len(event.token_ids):
+                text += self._take(token_id)
+            else:
+                self._num_tokens += 1  # the stop token itself is never shown
+            if self._matched is not None:
+                break
+        shown = TextEvent(
+            event.request_id,
+            text=text,
+            token_ids=event.token_ids[:count],
+            logprobs=event.logprobs[:count],
+            prompt_logprobs=event.prompt_logprobs,
+        )
+        if event.finish is None:
+            return shown
+        if self._matched is not None:
+            return self._finish_matched(shown, event)
+        return replace(
+            shown,
+            text=text + self._rest(),
+            finish=event.finish,
+            stop=event.stop_token_id if self._matched is None else self._matched,
+            usage=event.usage,
+        )
+
+    def _take(self, token_id: int) -> str:
+        self._num_tokens += 1
+        return self._match(self._detokenizer.push(token_id))
+
+    def _rest(self) -> str:
+        """At the end nothing is held back: neither half characters nor half stop strings."""
+        return self._match(self._detokenizer.finish()) + self._release()
+
+    def _release(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _match(self, piece: str) -> str:
+        """Add a piece of text; returns what may be shown now."""
+        text = self._held + piece
+        if not self._rules.stop:
+            return text
+        if self._num_tokens <= self._rules.min_tokens:
+            self._held = text[self._first_possible_start(text) :]
+            return text[: len(text) - len(self._held)]
+        fresh = len(self._held)  # a match must end in the new piece; those before were held back or did not count
+        found = [
+            (start, stop)
+            for stop in self._rules.stop
+            if (start := text.find(stop, max(0, fresh - len(stop) + 1))) >= 0
+        ]
+        if found:
+            start, self._matched = min(found, key=lambda one: (one[0], len(one[1])))
+            self._held = ""
+            return text[: start + len(self._matched) if self._rules.include_stop else start]
+        self._held = text[self._first_possible_start(text) :]
+        return text[: len(text) - len(self._held)]
+
+    def _first_possible_start(self, text: str) -> int:
+        """Where the earliest stop string could begin that the text so far does not complete."""
+        longest = max(map(len, self._rules.stop))
+        for start in range(max(0, len(text) - longest + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._rules.stop):
+                return start
+        return len(text)
+
+    def _after_match(self, event: TokenEvent) -> TextEvent:
+        empty = TextEvent(event.request_id)
+        return empty if event.finish is None else self._finish_matched(empty, event)
+
+    def _finish_matched(self, shown: TextEvent, event: TokenEvent) -> TextEvent:
+        assert event.usage is not None
+        usage = replace(event.usage, completion_tokens=self._num_tokens)
+        return replace(shown, finish=FinishReason.STOP, stop=self._matched, usage=usage)
+
+
+async def stream(
+    engine: Engine, tokenizer: Tokenizer, request: EngineRequest, rules: TextRules
+) -> AsyncGenerator[TextEvent]:
+    """Text events of one request; exactly one is final. Closing this early aborts the request."""
+    completion = Completion(tokenizer, rules)
+    async with aclosing(engine.generate(request)) as events:
+        async for event in events:
+            before = completion.matched
+            shown = completion.push(event)
+            if shown.text or shown.token_ids or shown.prompt_logprobs or shown.finish is not None:
+                yield shown
+            if completion.matched is not None and before is None and event.finish is None:
+                await engine.abort(request.request_id)

@@ -1,0 +1,96 @@
+"""Runs the stages of `make check` and `make test` in order, stops at the first that fails, and prints a table of times."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+CODE = ("engine", "kernels", "serving", "bench", "compression")
+PARTS = {  # stage of `test` -> what pytest runs in it
+    "engine": ["tests/engine"],
+    "serving": ["tests/serving"],
+    "kernels": ["tests/kernels"],
+    "rest": ["tests/bench", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_*.py"))],
+}
+
+
+def run(*words: str) -> None:
+    """Run a command of the environment in the root. Raises CalledProcessError."""
+    subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT, check=True)
+
+
+def lint() -> None:
+    """Style, format, layers."""
+    run("ruff", "check", ".")
+    run("ruff", "format", "--check", ".")
+    run("lint-imports")
+
+
+def types() -> None:
+    """mypy, strict."""
+    run("mypy")
+
+
+def fast() -> None:
+    """Every test that is not marked slow."""
+    run("pytest", "-q", "-n", "2", "-m", "not slow")
+
+
+def part(name: str) -> Callable[[], None]:
+    """All tests of one part of the tree."""
+    return lambda: run("pytest", "-q", "-n", "2", *PARTS[name])
+
+
+def package() -> None:
+    """Wheel and sdist, installed in an empty environment; the model that ships answers there, without torch."""
+    out = ROOT / "build" / "package"
+    shutil.rmtree(out, ignore_errors=True)
+    run("python", "-m", "build", "--outdir", str(out / "dist"), str(ROOT))
+    for kind in ("*.whl", "*.tar.gz"):
+        [made] = (out / "dist").glob(kind)
+        venv = out / f"venv-{made.suffix[1:]}"
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        constraints = str(ROOT / "constraints.txt")
+        pip = [str(venv / "bin" / "pip"), "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", constraints, str(made)], cwd=out, check=True)
+        model = str(ROOT / "examples" / "northstar")
+        subprocess.run([str(venv / "bin" / "vivace"), "info", model], cwd=out, check=True)
+        subprocess.run([str(venv / "bin" / "python"), "-c", ONE_TOKEN, model], cwd=out, check=True)
+
+
+ONE_TOKEN = """
+import sys
+from vivace import LLM, SamplingParams
+[result] = LLM(sys.argv[1]).generate(["Hello"], SamplingParams(max_tokens=1))
+assert len(result.outputs[0].token_ids) == 1 and "torch" not in sys.modules
+"""
+
+
+def main(names: list[str]) -> int:
+    """Run the named stages; returns the exit status."""
+    stages: dict[str, Callable[[], None]] = {"lint": lint, "types": types, "fast": fast}
+    stages |= {name: part(name) for name in PARTS} | {"package": package}
+    wanted = [one for name in names for one in (PARTS if name == "all" else (name,))]
+    times: list[tuple[str, float, str]] = []
+    failed = False
+    for name in wanted:
+        start = time.monotonic()
+        try:
+            stages[name]()
+        except subprocess.CalledProcessError:
+            failed = True
+        times.append((name, time.monotonic() - start, "failed" if failed else "ok"))
+        if failed:
+            break
+    for name, seconds, outcome in times:
+        print(f"{name:12s}{seconds:8.1f} s  {outcome}")
+    print(f"{'in all':12s}{sum(seconds for _, seconds, _ in times):8.1f} s")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
