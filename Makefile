@@ -40,7 +40,7 @@ gpu-check:
 	@test -n "$(RESULTS)" || { echo "usage: make gpu-check RESULTS=folder" >&2; exit 2; }
 	cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/kernels
 	cmake --build build/gpu --parallel 4
-	PYTHONPATH=src:. $(PYTHON) tests/gpu/check.py --results $(RESULTS)
+	PYTHONPATH=src $(PYTHON) tests/gpu/check.py --results $(RESULTS)
 
 proto: setup
 	$(BIN)/python serving/protos/generate.py

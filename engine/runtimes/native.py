@@ -39,6 +39,37 @@ class Watch:
     silence_s: float = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Child:
+    """An engine process that has just been spawned, and the socket it will connect to."""
+
+    process: subprocess.Popen[bytes]
+    listener: socket.socket
+    directory: Path  # holds the socket until the process has connected
+
+    def discard(self) -> None:
+        """End the process and leave nothing behind, before anybody owns it."""
+        self.process.kill()
+        self.process.wait()
+        self.listener.close()
+        shutil.rmtree(self.directory)
+
+
+def spawn(command: Sequence[str] = COMMAND) -> Child:
+    """Start an engine process. It imports while the caller does other things; `NativeEngine.start` takes it over."""
+    directory = Path(tempfile.mkdtemp(prefix="vivace-"))  # mode 0700
+    path = directory / "engine.sock"
+    try:
+        listener = _listen(path)
+        process = subprocess.Popen(
+            [*command, str(path)], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
+    return Child(process, listener, directory)
+
+
 class _Stream:
     """Events of one request on their way to a consumer that may lag: what it has not taken yet is merged into one."""
 
@@ -94,23 +125,13 @@ class NativeEngine:
         config: Config,
         on_progress: Callable[[int, int], None],
         *,
-        command: Sequence[str] = COMMAND,
+        child: Child | None = None,
         watch: Watch | None = None,
     ) -> "NativeEngine":
-        """Spawn the engine process and return at once; it loads meanwhile (`info` waits for it)."""
-        directory = Path(tempfile.mkdtemp(prefix="vivace-"))  # mode 0700
-        try:
-            listener = _listen(directory / "engine.sock")
-            process = subprocess.Popen(
-                [*command, str(directory / "engine.sock")],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            shutil.rmtree(directory)
-            raise
-        engine = cls(process, on_progress=on_progress, watch=watch or Watch())
-        engine._tasks.append(asyncio.create_task(engine._run(config, listener, directory)))
+        """Own an engine process (a new one, if none is given) and return at once; it loads meanwhile."""
+        child = child or spawn()
+        engine = cls(child.process, on_progress=on_progress, watch=watch or Watch())
+        engine._tasks.append(asyncio.create_task(engine._run(config, child)))
         return engine
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent]:
@@ -176,10 +197,10 @@ class NativeEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, config: Config, listener: socket.socket, directory: Path) -> None:
+    async def _run(self, config: Config, child: Child) -> None:
         """Own the process from its connection to its death."""
         try:
-            reader = await self._connect(listener, directory)
+            reader = await self._connect(child)
             self._send(wire.Start(config))
             self._tasks.append(asyncio.create_task(self._ping()))
             while True:
@@ -191,10 +212,10 @@ class NativeEngine:
         except (ValueError, msgspec.MsgspecError) as error:
             self._die(f"the engine process sent garbage: {error}")
 
-    async def _connect(self, listener: socket.socket, directory: Path) -> asyncio.StreamReader:
+    async def _connect(self, child: Child) -> asyncio.StreamReader:
         """Take the one connection; afterwards nothing is left in the file system."""
         loop = asyncio.get_running_loop()
-        accept = asyncio.ensure_future(loop.sock_accept(listener))
+        accept = asyncio.ensure_future(loop.sock_accept(child.listener))
         try:
             while not accept.done():
                 await asyncio.wait([accept], timeout=0.02)
@@ -203,8 +224,8 @@ class NativeEngine:
             connected, _ = accept.result()
         finally:
             accept.cancel()
-            listener.close()
-            shutil.rmtree(directory)
+            child.listener.close()
+            shutil.rmtree(child.directory)
         reader, self._writer = await asyncio.open_unix_connection(sock=connected)
         return reader
 

@@ -187,14 +187,21 @@ def main(write: Callable[[str], Any] = print) -> int:
     parser.add_argument("--results", type=Path, required=True, help="folder for gpu-check.json")
     parser.add_argument("--device", default="cuda", help="torch device of the reference backend")
     arguments = parser.parse_args()
-    results = []
-    for result in run_all(arguments.device):
-        results.append(result)
-        write(_line(result))
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    record = describe(arguments.device) | {"results": [asdict(result) for result in results]}
+    results: list[Result] = []
     path = arguments.results / "gpu-check.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_complete = False
+    try:
+        for result in run_all(arguments.device):
+            results.append(result)
+            write(_line(result))
+        is_complete = True
+    finally:  # a check that crashes must not take with it what was found before
+        record = describe(arguments.device) | {
+            "is_complete": is_complete,
+            "results": [asdict(result) for result in results],
+        }
+        path.write_text(json.dumps(record, indent=2) + "\n")
     failed = [result.name for result in results if not result.passed]
     write(f"{len(results) - len(failed)} of {len(results)} checks passed; see {path}")
     return 1 if failed else 0

@@ -1,0 +1,197 @@
+"""`vivace serve`, `generate`, `chat`. Parses words, prints text; decides nothing else."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vivace.engine.errors import ArtifactError, ConfigError
+
+TARGET = "127.0.0.1:50051"
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+SAMPLING = {  # flag -> (type, help)
+    "max-tokens": (int, "most tokens to generate; default: up to the context"),
+    "min-tokens": (int, "fewest tokens before a stop"),
+    "temperature": (float, "0 takes the best token; default: the checkpoint's"),
+    "top-p": (float, "keep the best tokens that have this much of the probability"),
+    "top-k": (int, "keep so many of the best tokens; 0: all"),
+    "min-p": (float, "drop tokens under this share of the best one's probability"),
+    "seed": (int, "the same seed gives the same text"),
+}
+
+
+def main(command: str, argv: list[str]) -> int:
+    """Run one of this folder's commands; returns the exit status."""
+    return {"serve": _serve, "generate": _generate, "chat": _chat}[command](argv)
+
+
+def _serve(argv: list[str]) -> int:
+    args = _serve_parser().parse_args(argv)
+    from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
+    from vivace.engine.runtimes.native import spawn
+    from vivace.kernels.backend import Backend
+
+    scheduler = SchedulerConfig(max_running=args.max_running, max_waiting=args.max_waiting)
+    engine_config = Config(
+        model=args.model,
+        backend=Backend(args.backend),
+        max_context_tokens=args.max_context,
+        scheduler=scheduler,
+        cache=CacheConfig(memory_bytes=args.kv_memory),
+        cpu=CpuConfig(threads=args.threads),
+    )
+    if not args.model.is_dir():
+        raise ArtifactError(f"{args.model} is not a folder")
+    child = spawn()  # it imports while this process does
+    try:
+        from vivace.serving import server
+
+        name = args.name or args.model.resolve().name
+        config = server.ServerConfig(args.host, args.port, name, insecure=args.insecure)
+        server.check_address(config)
+    except BaseException:
+        child.discard()
+        raise
+    return server.run(config, engine_config, child, on_progress=_progress_bar())
+
+
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vivace serve", description="Serve a checkpoint over gRPC until told to stop."
+    )
+    parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
+    parser.add_argument("--port", type=int, default=50051, help="0: any free one (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow an address that the network can reach"
+    )
+    parser.add_argument("--name", help="the model's name to clients (default: the folder's)")
+    parser.add_argument("--backend", choices=("cpu", "reference"), default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all this process may use)")
+    parser.add_argument(
+        "--kv-memory", type=_bytes, metavar="SIZE", help="of the KV cache, such as 512MiB "
+        "(default: at most 1GiB and a quarter of the free memory)",
+    )  # fmt: skip
+    parser.add_argument("--max-context", type=int, help="tokens of prompt and reply together")
+    parser.add_argument("--max-running", type=int, default=64, help="requests computed at a time")
+    parser.add_argument("--max-waiting", type=int, default=1024, help="requests queued beyond those")
+    return parser
+
+
+def _generate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="vivace generate", description="Continue a text.")
+    parser.add_argument("prompt")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
+    where.add_argument("--model", type=Path, help="or a checkpoint, loaded in this process")
+    _add_sampling(parser)
+    args = parser.parse_args(argv)
+    if args.model is not None:
+        return _generate_here(args)
+    from vivace.serving.client import Client
+
+    with Client(args.target) as client:
+        print(args.prompt, end="", flush=True)
+        _print_stream(client.generate(args.prompt, **_sampling(args)))
+    return 0
+
+
+def _generate_here(args: argparse.Namespace) -> int:
+    from vivace.engine.llm import LLM
+    from vivace.engine.sampling import SamplingParams
+
+    [result] = LLM(args.model).generate([args.prompt], SamplingParams(**_sampling(args)))
+    print(args.prompt + result.outputs[0].text)
+    return 0
+
+
+def _chat(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vivace chat",
+        description="Talk to a server. Ctrl-C ends a reply, Ctrl-D the conversation.",
+    )
+    parser.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
+    parser.add_argument("--system", help="the system message: text, or the path of a file with it")
+    _add_sampling(parser)
+    args = parser.parse_args(argv)
+    from vivace.serving.client import Client
+
+    messages: list[dict[str, str]] = []
+    if args.system is not None:
+        messages.append({"role": "system", "content": _text_or_file(args.system)})
+    with Client(args.target) as client:
+        while (line := _ask()) is not None:
+            messages.append({"role": "user", "content": line})
+            reply = _print_stream(client.chat(messages, **_sampling(args)))
+            messages.append({"role": "assistant", "content": reply})
+    return 0
+
+
+def _ask() -> str | None:
+    """The next line somebody types; None at the end."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return None
+
+
+def _print_stream(stream: Any) -> str:
+    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown. Raises ConfigError with the server's words."""
+    import grpc
+
+    shown = ""
+    try:
+        for event in stream:
+            shown += event.text
+            print(event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        print(" [cancelled]", end="")
+    except grpc.RpcError as error:
+        raise ConfigError(f"{error.code().name}: {error.details()}") from error
+    finally:
+        print(flush=True)
+    return shown
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    for flag, (kind, text) in SAMPLING.items():
+        parser.add_argument(f"--{flag}", type=kind, help=text)
+    parser.add_argument("--stop", action="append", help="end before this text; may be repeated")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names: Iterable[str] = (*(flag.replace("-", "_") for flag in SAMPLING), "stop")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _text_or_file(value: str) -> str:
+    is_path = len(value) < 256 and "\n" not in value and Path(value).is_file()
+    return Path(value).read_text(encoding="utf-8").strip() if is_path else value
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(|KiB|MiB|GiB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a number with KiB, MiB or GiB, got {text!r}")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _progress_bar() -> Any:
+    """Shows bytes of weights as they are read, where somebody looks at it."""
+    is_seen = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if is_seen:
+            width = 40 * done // max(total, 1)
+            end = "\n" if done == total else ""
+            bar = "#" * width + "." * (40 - width)
+            print(f"\rloading [{bar}] {done / 2**20:.0f}/{total / 2**20:.0f} MiB", end=end, file=sys.stderr)
+
+    return show

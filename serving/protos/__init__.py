@@ -1,0 +1,1 @@
+"""The API as protobuf, and the code generated from it."""

@@ -1,0 +1,47 @@
+"""One JSON line on stderr for each request that ends. Never its text."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+from vivace.engine.completion import TextEvent
+
+
+@dataclass(slots=True)
+class LogEntry:
+    """What is known of a request so far; the servicer fills it in as it goes."""
+
+    id: str
+    rpc: str
+    code: str = "INTERNAL"  # what it was if nobody says otherwise: a bug
+    reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_ms: float = 0.0
+    first_token_ms: float = 0.0
+    total_ms: float = 0.0
+
+    def note(self, event: TextEvent) -> None:
+        """Count an event; the last one knows everything."""
+        self.completion_tokens += len(event.token_ids)
+        if event.usage is not None:
+            self.cached_tokens = event.usage.cached_tokens
+            self.completion_tokens = event.usage.completion_tokens
+            self.queue_ms = round(event.usage.queue_s * 1e3, 3)
+            self.first_token_ms = round(event.usage.first_token_s * 1e3, 3)
+
+
+class RequestLog:
+    """Writes entries."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+
+    def write(self, entry: LogEntry, *, started: float) -> None:
+        """One line; `started` is of `time.monotonic()`."""
+        entry.total_ms = round((time.monotonic() - started) * 1e3, 3)
+        record = {"time": round(time.time(), 3), "event": "request", **asdict(entry)}
+        print(json.dumps(record), file=self._out, flush=True)
