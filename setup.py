@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake instead of a compiler; the result is a plain shared library, no Python extension."""
+    """Runs CMake instead of a compiler; what it makes is no Python extension."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build the library beside the packages' Python files."""
+        """Build the library into the tree that is being built; setuptools copies it in place."""
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / "cmake"
         cmake = _cmake()
@@ -32,9 +32,6 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         """One name for every Python: it is loaded by ctypes."""
         return str(Path(*fullname.split(".")[:-1]) / "libvivace_cpu.so")
-
-    def copy_extensions_to_source(self) -> None:
-        """Nothing to copy: `build_extension` writes where it belongs."""
 
 
 class PlatformWheel(bdist_wheel):

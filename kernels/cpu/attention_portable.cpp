@@ -37,10 +37,17 @@ void split(State& s, const cpu::AttentionArgs& a, const float* q, const int32_t*
   for (int64_t i = 0; i < end - begin; ++i) p[i] = exp_poly(p[i] - max);
   for (int64_t i = 0; i < end - begin; ++i) sum += p[i];
   std::memset(s.acc, 0, size_t(a.D) * 4);
-  for (int64_t i = begin; i < end; ++i) {
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {  // four at a time, added in their order: fewer trips of `acc` to memory
+    const float *v0 = k_of(i) + v_offset, *v1 = k_of(i + 1) + v_offset, *v2 = k_of(i + 2) + v_offset,
+                *v3 = k_of(i + 3) + v_offset, *w = p + (i - begin);
+    float* __restrict acc = s.acc;
+    for (int64_t d = 0; d < a.D; ++d)
+      acc[d] = (((acc[d] + w[0] * v0[d]) + w[1] * v1[d]) + w[2] * v2[d]) + w[3] * v3[d];
+  }
+  for (; i < end; ++i) {
     const float* v = k_of(i) + v_offset;
-    const float weight = p[i - begin];
-    for (int64_t d = 0; d < a.D; ++d) s.acc[d] += weight * v[d];
+    for (int64_t d = 0; d < a.D; ++d) s.acc[d] += p[i - begin] * v[d];
   }
   s.max = max;
   s.sum = sum;

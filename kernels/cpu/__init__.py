@@ -1,0 +1,1 @@
+"""The C++ library: its sources, and the one place that loads it."""
