@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +34,9 @@ def _one(model: Path) -> tuple[float, float, float]:
     )
     try:
         assert server.stdout is not None
-        line = server.stdout.readline()  # the only line: it names the port, once the engine is ready
+        line = (
+            server.stdout.readline()
+        )  # the only line: it names the port, once the engine is ready
         ready = time.monotonic() - start
         times = []
         with Client(line.rsplit(maxsplit=1)[-1]) as client:
@@ -44,5 +47,5 @@ def _one(model: Path) -> tuple[float, float, float]:
     finally:
         server.terminate()
         server.wait(STOP_S)
-    gaps = [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+    gaps = [(b - a) * 1e3 for a, b in pairwise(times)]
     return ready, times[0] - start, median(gaps)

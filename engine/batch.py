@@ -93,7 +93,9 @@ class Batcher:
         positions_T += np.repeat(starts_B - query_starts[:-1], counts_B)
         context_lens_B = starts_B + counts_B
         table = self._blocks[slots_B, : -(-int(context_lens_B.max()) // self._block_tokens)]
-        block_T = table[np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens]
+        block_T = table[
+            np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens
+        ]
         sampled, rows, prompt_rows = _rows(chunks, query_starts)
         return Batch(
             chunks=chunks,

@@ -35,7 +35,7 @@ class ChatTemplate:
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        """The conversation as the model was trained to see it. Raises InvalidRequest with the template's own complaint."""
+        """The conversation as the model knows it. Raises InvalidRequest with the template's own complaint."""
         try:
             return self._template.render(
                 messages=[asdict(message) for message in messages],

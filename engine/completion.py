@@ -89,12 +89,12 @@ class Completion:
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
-            if token_id != event.stop_token_id or count < len(event.token_ids):
-                text += self._take(token_id)
-            else:
-                self._num_tokens += 1  # the stop token itself is never shown
-            if self._matched is not None:
+            is_stop = token_id == event.stop_token_id and count == len(event.token_ids)
+            text += self._take(token_id, is_stop=is_stop)
+            if self._has_matched():
                 break
+        if event.finish is not None and not self._has_matched():
+            text += self._rest()
         shown = TextEvent(
             event.request_id,
             text=text,
@@ -104,27 +104,22 @@ class Completion:
         )
         if event.finish is None:
             return shown
-        if self._matched is not None:
+        if self._has_matched():
             return self._finish_matched(shown, event)
-        return replace(
-            shown,
-            text=text + self._rest(),
-            finish=event.finish,
-            stop=event.stop_token_id if self._matched is None else self._matched,
-            usage=event.usage,
-        )
+        return replace(shown, finish=event.finish, stop=event.stop_token_id, usage=event.usage)
 
-    def _take(self, token_id: int) -> str:
+    def _has_matched(self) -> bool:
+        return self._matched is not None
+
+    def _take(self, token_id: int, *, is_stop: bool) -> str:
+        """Count a token; returns what may be shown. A stop token is never shown."""
         self._num_tokens += 1
-        return self._match(self._detokenizer.push(token_id))
+        return "" if is_stop else self._match(self._detokenizer.push(token_id))
 
     def _rest(self) -> str:
         """At the end nothing is held back: neither half characters nor half stop strings."""
-        return self._match(self._detokenizer.finish()) + self._release()
-
-    def _release(self) -> str:
-        held, self._held = self._held, ""
-        return held
+        text = self._match(self._detokenizer.finish())
+        return text if self._has_matched() else text + self._held
 
     def _match(self, piece: str) -> str:
         """Add a piece of text; returns what may be shown now."""
@@ -134,7 +129,9 @@ class Completion:
         if self._num_tokens <= self._rules.min_tokens:
             self._held = text[self._first_possible_start(text) :]
             return text[: len(text) - len(self._held)]
-        fresh = len(self._held)  # a match must end in the new piece; those before were held back or did not count
+        fresh = len(
+            self._held
+        )  # a match must end in the new piece; those before were held back or did not count
         found = [
             (start, stop)
             for stop in self._rules.stop

@@ -71,4 +71,6 @@ class Config:
 
 def _at_least(section: str, name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{section}.{name} must be a whole number of at least {low}, got {value!r}")
+        raise ConfigError(
+            f"{section}.{name} must be a whole number of at least {low}, got {value!r}"
+        )

@@ -142,7 +142,9 @@ class EngineCore:
 
     def _drop_ended(self, now: float) -> list[TokenEvent]:
         ended = self._ended
-        ended += ((request_id, FinishReason.DEADLINE) for request_id in self._scheduler.expired(now))
+        ended += (
+            (request_id, FinishReason.DEADLINE) for request_id in self._scheduler.expired(now)
+        )
         self._ended = []
         events = []
         for request_id, reason in ended:

@@ -73,7 +73,9 @@ class TokenEvent:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # whole, on the first event; first is None
+    prompt_logprobs: tuple[
+        TokenLogprobs | None, ...
+    ] = ()  # whole, on the first event; first is None
     finish: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it
     usage: Usage | None = None

@@ -1,4 +1,4 @@
-"""`vivace.LLM`: the engine in this process, for scripts and tests. The server runs the same core in a process of its own."""
+"""`vivace.LLM`: the engine in this process, for scripts and tests. The server gives the same core its own process."""
 
 import itertools
 import time
@@ -47,7 +47,9 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None  # one a prompt token, None for the first
+    prompt_logprobs: (
+        tuple[dict[int, Logprob] | None, ...] | None
+    )  # one a prompt token, None for the first
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
 
@@ -180,9 +182,7 @@ class LLM:
             token: Logprob(logprob, rank, text(token))
             for rank, (token, logprob) in enumerate(place.top, 1)
         }
-        found.setdefault(
-            place.token_id, Logprob(place.logprob, place.rank, text(place.token_id))
-        )
+        found.setdefault(place.token_id, Logprob(place.logprob, place.rank, text(place.token_id)))
         return found
 
 
@@ -196,11 +196,15 @@ def _per_prompt(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise InvalidRequest(f"params must be one or one per prompt: {count} prompts, {len(params)} params")
+        raise InvalidRequest(
+            f"params must be one or one per prompt: {count} prompts, {len(params)} params"
+        )
     return params
 
 
 def _prompt_ids(prompt: Mapping[str, Sequence[int]]) -> list[int]:
     if set(prompt) != {"prompt_token_ids"}:
-        raise InvalidRequest(f"a prompt is text or {{'prompt_token_ids': [...]}}, got keys {sorted(prompt)}")
+        raise InvalidRequest(
+            f"a prompt is text or {{'prompt_token_ids': [...]}}, got keys {sorted(prompt)}"
+        )
     return list(prompt["prompt_token_ids"])

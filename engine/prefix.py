@@ -1,7 +1,7 @@
 """Which blocks hold which prefix. Holds no tensors, and no tokens: only digests.
 
-The digest of a block covers its tokens, all tokens before it, the request's salt and this engine's secret key, so nobody
-can find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
+The digest of a block covers its tokens, all tokens before it, the request's salt and this engine's secret key: nobody can
+find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
 """
 
 from array import array

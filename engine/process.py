@@ -121,7 +121,9 @@ class Loop:
 
 def run(path: str, load: Load) -> None:
     """Connect to the front-end's socket, load what it says, serve until it closes or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the front-end's to handle
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal's Ctrl-C is the front-end's to handle
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connected.connect(path)
     channel = Channel(connected)

@@ -1,7 +1,7 @@
 """What a caller may ask of a generation, checked once at the door. Holds no state.
 
-`SamplingParams` is what callers write, every field unset by default; `resolve` turns it into the engine's `Sampling` and
-the text layer's `TextRules`, with the checkpoint's defaults filled in, or says which field is wrong.
+`SamplingParams` is what callers write, every field unset by default; `resolve` turns it into the engine's `Sampling`
+and the text layer's `TextRules`, with the checkpoint's defaults filled in, or says which field is wrong.
 """
 
 import math
@@ -111,7 +111,9 @@ def resolve(
     max_tokens = _whole("max_tokens", params.max_tokens, room, 1, None)
     min_tokens = _whole("min_tokens", params.min_tokens, 0, 0, None)
     if min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}")
+        raise InvalidRequest(
+            f"min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}"
+        )
     stop_ids = tuple(params.stop_token_ids or ())
     if len(stop_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
@@ -151,7 +153,9 @@ def _refuse_unserved(params: SamplingParams) -> None:
             raise Unimplemented(f"{name} is not served by this version (got {value!r})")
 
 
-def _real(name: str, value: float | None, default: float | None, otherwise: float, span: str) -> float:
+def _real(
+    name: str, value: float | None, default: float | None, otherwise: float, span: str
+) -> float:
     """`value`, else the checkpoint's, else the engine's; inside `span`, which is written as people write intervals."""
     if value is None:
         value = otherwise if default is None else default
@@ -191,11 +195,15 @@ def _seed(seed: int | None) -> int:
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+        raise InvalidRequest(
+            f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}"
+        )
     for string in strings:
         if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_CHARS:
             shown = repr(string) if len(str(string)) < 40 else f"{len(string)} characters"
-            raise InvalidRequest(f"stop must hold strings of 1..{MAX_STOP_CHARS} characters, got {shown}")
+            raise InvalidRequest(
+                f"stop must hold strings of 1..{MAX_STOP_CHARS} characters, got {shown}"
+            )
     return strings
 
 

@@ -4,8 +4,8 @@ There is no prefill phase and no decode phase. A request has `num_pending` token
 scheduler spends it: first on requests that need one token, then on running prompts, oldest first, then on waiting
 requests in order of arrival. Chunked prefill, prefix hits and resuming after preemption all fall out of that one rule.
 
-A request gets the blocks of all its known tokens when it starts to run, so only decoding can run out of blocks; then the
-request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
+A request gets the blocks of all its known tokens when it starts to run, so only decoding can run out of blocks; then
+the request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
 running request is about to compute waits for it instead; the running one never waits, so there are no circles, and when
 it ends early the first waiter simply finds nobody to wait for and becomes the one that computes.
 """
@@ -22,7 +22,9 @@ from vivace.engine.events import FinishReason
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 
-MAX_PROMPT_LOGPROB_ROWS = 64  # rows of logits a step spends on prompts: they cost vocabulary x 8 bytes each
+MAX_PROMPT_LOGPROB_ROWS = (
+    64  # rows of logits a step spends on prompts: they cost vocabulary x 8 bytes each
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}  # in the order they started to run
-        self._computing: dict[bytes, Request] = {}  # digest -> the running request that will compute it
+        self._computing: dict[
+            bytes, Request
+        ] = {}  # digest -> the running request that will compute it
         self._slots = list(range(config.max_running - 1, -1, -1))
         self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that are gone
 
@@ -183,7 +187,7 @@ class Scheduler:
         self._waiting.extendleft(reversed(passed))
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Blocks that hold the beginning of the request's tokens already; never its last token, which must be computed."""
+        """Blocks that hold the request's first tokens already; never its last token, which must be computed."""
         if not self._prefix_sharing:
             return []
         self._prefix.extend(request.digests, request.tokens, request.salt)
@@ -199,7 +203,10 @@ class Scheduler:
         return found
 
     def _must_wait(self, request: Request, num_found: int) -> bool:
-        if request.wants_prompt_logprobs or num_found >= (len(request.tokens) - 1) // self._block_tokens:
+        if (
+            request.wants_prompt_logprobs
+            or num_found >= (len(request.tokens) - 1) // self._block_tokens
+        ):
             return False
         return self._prefix_sharing and request.digests[num_found] in self._computing
 
@@ -207,7 +214,9 @@ class Scheduler:
         """Give a waiting request its blocks and a slot. False, with nothing changed, if there are not enough."""
         self._pool.share(found)
         needed = self._num_blocks(len(request.tokens)) - len(found)
-        reserve = len(self._running)  # about the next block of each: or the newcomer would be preempted at once
+        reserve = len(
+            self._running
+        )  # about the next block of each: or the newcomer would be preempted at once
         if self._pool.num_available < needed + reserve:
             self._pool.release(found)
             return False

@@ -30,7 +30,7 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        except Exception as error:  # noqa: BLE001 - the library raises the base class for a broken file
+        except Exception as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -81,7 +81,9 @@ def _read_template(directory: Path) -> ChatTemplate | None:
     if source is None:
         return None
     variables = {name: _token(settings.get(name)) for name in SPECIAL_TOKENS}
-    return ChatTemplate(source, {name: text for name, text in variables.items() if text is not None})
+    return ChatTemplate(
+        source, {name: text for name, text in variables.items() if text is not None}
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -96,4 +98,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _token(value: Any) -> str | None:
     """A token is written as text, or as an object with its content."""
-    return value["content"] if isinstance(value, dict) else value
+    text: str | None = value["content"] if isinstance(value, dict) else value
+    return text

@@ -38,7 +38,9 @@ class Ops:
     """One function per op, all of one backend, and its memory. Handed to the runner; there is no global."""
 
     memory: Memory
-    progress: Callable[[], int]  # how many ops have finished; a watchdog may call it from another thread
+    progress: Callable[
+        [], int
+    ]  # how many ops have finished; a watchdog may call it from another thread
     linear: linear.Run
     embed: embed.Run
     rmsnorm: rmsnorm.Run
@@ -54,7 +56,11 @@ class Ops:
 
 
 def load(
-    backend: Backend, *, threads: int | None = None, isa: str | None = None, device: str | None = None
+    backend: Backend,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str | None = None,
 ) -> Ops:
     """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for REFERENCE.
 

@@ -18,10 +18,14 @@ class Buffer(Protocol):
     """A contiguous array on the backend's device. Ops write into buffers, they never allocate."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, slowest first."""
+        ...
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """The backend's own name of the element type."""
+        ...
 
 
 def expect(name: str, buffer: Buffer, *shape: int | None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The one place where an unexpected error is caught: it becomes INTERNAL for that call alone, and a traceback in the log."""
+"""The one place that catches an unexpected error: it becomes INTERNAL for that call alone, and a traceback in the log."""
 
 import sys
 import traceback

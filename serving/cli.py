@@ -62,21 +62,29 @@ def _serve_parser() -> argparse.ArgumentParser:
         prog="vivace serve", description="Serve a checkpoint over gRPC until told to stop."
     )
     parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
-    parser.add_argument("--port", type=int, default=50051, help="0: any free one (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=50051, help="0: any free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
     parser.add_argument(
         "--insecure", action="store_true", help="allow an address that the network can reach"
     )
     parser.add_argument("--name", help="the model's name to clients (default: the folder's)")
     parser.add_argument("--backend", choices=("cpu", "reference"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all this process may use)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: all this process may use)"
+    )
     parser.add_argument(
         "--kv-memory", type=_bytes, metavar="SIZE", help="of the KV cache, such as 512MiB "
         "(default: at most 1GiB and a quarter of the free memory)",
     )  # fmt: skip
     parser.add_argument("--max-context", type=int, help="tokens of prompt and reply together")
     parser.add_argument("--max-running", type=int, default=64, help="requests computed at a time")
-    parser.add_argument("--max-waiting", type=int, default=1024, help="requests queued beyond those")
+    parser.add_argument(
+        "--max-waiting", type=int, default=1024, help="requests queued beyond those"
+    )
     return parser
 
 
@@ -142,7 +150,7 @@ def _ask() -> str | None:
 
 
 def _print_stream(stream: Any) -> str:
-    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown. Raises ConfigError with the server's words."""
+    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown; an error has the server's words."""
     import grpc
 
     shown = ""
@@ -192,6 +200,10 @@ def _progress_bar() -> Any:
             width = 40 * done // max(total, 1)
             end = "\n" if done == total else ""
             bar = "#" * width + "." * (40 - width)
-            print(f"\rloading [{bar}] {done / 2**20:.0f}/{total / 2**20:.0f} MiB", end=end, file=sys.stderr)
+            print(
+                f"\rloading [{bar}] {done / 2**20:.0f}/{total / 2**20:.0f} MiB",
+                end=end,
+                file=sys.stderr,
+            )
 
     return show

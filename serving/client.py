@@ -235,7 +235,11 @@ def _generate_request(prompt: Prompt, params: Mapping[str, Any]) -> pb.GenerateR
 def _chat_request(messages: Sequence[Message], params: Mapping[str, Any]) -> pb.ChatRequest:
     request = pb.ChatRequest()
     for message in messages:
-        fields = message if isinstance(message, Mapping) else dict(zip(("role", "content"), message, strict=True))
+        fields = (
+            message
+            if isinstance(message, Mapping)
+            else dict(zip(("role", "content"), message, strict=True))
+        )
         request.messages.add(**fields)
     _set_params(request, params)
     return request

@@ -108,7 +108,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         except EngineError as error:
             await abort(context, error)
         template = model.tokenizer.has_chat_template
-        return convert.model_info(model.name, model.info, model.defaults, has_chat_template=template)
+        return convert.model_info(
+            model.name, model.info, model.defaults, has_chat_template=template
+        )
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
@@ -158,7 +160,10 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         except EngineError as error:
             entry.code = status_of(error).name
             await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit):  # the client hung up, or its deadline passed
+        except (
+            asyncio.CancelledError,
+            GeneratorExit,
+        ):  # the client hung up, or its deadline passed
             entry.code = "CANCELLED"
             raise
         finally:

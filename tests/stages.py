@@ -1,4 +1,4 @@
-"""Runs the stages of `make check` and `make test` in order, stops at the first that fails, and prints a table of times."""
+"""Runs the stages of `make check` and `make test` in order up to the first that fails, and prints their times."""
 
 import shutil
 import subprocess
@@ -14,7 +14,10 @@ PARTS = {  # stage of `test` -> what pytest runs in it
     "engine": ["tests/engine"],
     "serving": ["tests/serving"],
     "kernels": ["tests/kernels"],
-    "rest": ["tests/bench", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_*.py"))],
+    "rest": [
+        "tests/bench",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_*.py")),
+    ],
 }
 
 

@@ -103,7 +103,11 @@ class NativeEngine:
     """See `vivace.engine.runtimes.Engine`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], *, on_progress: Callable[[int, int], None], watch: Watch
+        self,
+        process: subprocess.Popen[bytes],
+        *,
+        on_progress: Callable[[int, int], None],
+        watch: Watch,
     ) -> None:
         self._process = process
         self._on_progress = on_progress
@@ -178,7 +182,8 @@ class NativeEngine:
         reply = self._loads[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(wire.GetLoads(number))
-            return await reply
+            loads: Loads = await reply
+            return loads
         finally:
             del self._loads[number]
 
@@ -242,6 +247,11 @@ class NativeEngine:
             case wire.LoadsReply(number, loads):
                 if (reply := self._loads.get(number)) is not None and not reply.done():
                     reply.set_result(loads)
+            case _:
+                self._handle_start(frame)
+
+    def _handle_start(self, frame: wire.FromEngine) -> None:
+        match frame:
             case wire.Loading(done, total):
                 self._on_progress(done, total)
             case wire.Ready(info):

@@ -2,16 +2,18 @@
 
     make demo
 
-The replies must be those that `conversation/record_replies.py` recorded from Hugging Face transformers, token for token.
+The replies must be those that `conversation/record_replies.py` recorded from transformers, token for token.
 """
 
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from conversation import script
+
 from vivace.serving.client import Client
 
 STOP_S = 30
@@ -19,7 +21,13 @@ STOP_S = 30
 
 def start_server() -> tuple["subprocess.Popen[str]", str]:
     """The server process and where it listens: it says so in one line once the model is loaded."""
-    command = [str(Path(sys.executable).parent / "vivace"), "serve", str(script.MODEL), "--port", "0"]
+    command = [
+        str(Path(sys.executable).parent / "vivace"),
+        "serve",
+        str(script.MODEL),
+        "--port",
+        "0",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.stdout is not None
     line = server.stdout.readline()
@@ -60,12 +68,14 @@ def main() -> int:
         server.terminate()
         server.communicate(timeout=STOP_S)
     ttfts = [times[0] - at for at, times in zip(asked, came, strict=True)]
-    gaps = [b - a for times in came for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for times in came for a, b in pairwise(times)]
     tokens = sum(map(len, replies))
     seconds = sum(times[-1] - at for at, times in zip(asked, came, strict=True))
     print(f"\nserver start to first token  {came[0][0] - started:8.2f} s")
     print(f"TTFT, first turn             {ttfts[0] * 1e3:8.1f} ms")
-    print(f"TTFT, later turns, median    {median(ttfts[1:]) * 1e3:8.1f} ms   (their prefix is cached)")
+    print(
+        f"TTFT, later turns, median    {median(ttfts[1:]) * 1e3:8.1f} ms   (their prefix is cached)"
+    )
     print(f"ITL, median                  {median(gaps) * 1e3:8.1f} ms")
     print(f"tokens/s, one stream         {tokens / seconds:8.1f}     (prefill included)")
     if replies != [reply["token_ids"] for reply in script.recorded_replies()]:

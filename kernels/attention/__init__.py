@@ -1,7 +1,7 @@
 """Causal attention of a step's rows over the paged cache; decode rows and prefill chunks in one call, grouped heads.
 
-Request b owns rows query_starts[b] .. query_starts[b+1] - 1, the last of its context_lens[b] tokens, all of which are in
-the cache already; the row at position p attends to positions 0..p. Query head h reads KV head h // (H / G). Position p
+Request b owns rows query_starts[b] .. query_starts[b+1] - 1, the last of its context_lens[b] tokens, all of which are
+in the cache already; the row at position p attends to positions 0..p. Query head h reads KV head h // (H / G). Position p
 lies in block block_tables[b, p // S] at offset p % S. Softmax in fp32, added up over splits of 256 positions counted
 from position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
 """

@@ -1,9 +1,9 @@
 """Attention over the paged cache in C++."""
 
+from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
 from vivace.kernels.cpu.library import Array, Library, pointer
-from vivace.kernels.attention import Run
 
 MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
 
@@ -30,7 +30,7 @@ class Args(Structure):
     )
 
 
-def bind(library: Library) -> Run:
+def bind(library: Library) -> Callable[..., None]:
     """The op on one library."""
     call = library.op("attention", Args)
 

@@ -25,7 +25,9 @@ def run(
             continue
         blocks = block_tables_BX[b, : -(-context_len // S)].long()
         k, v = (
-            kv_cache[blocks, i].flatten(0, 1)[:context_len].transpose(0, 1)  # [G, context, D]
+            kv_cache[blocks, i]
+            .flatten(0, 1)[:context_len]
+            .transpose(0, 1)  # [G, context, D]
             .repeat_interleave(q_HCD.shape[0] // num_kv_heads, dim=0)
             for i in (0, 1)
         )

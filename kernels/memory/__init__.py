@@ -1,4 +1,4 @@
-"""Where buffers come from: the one place that allocates, before serving starts, and that copies to and from the host."""
+"""Where buffers come from: the one place that allocates, before serving starts, and copies from and to the host."""
 
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ from vivace.kernels.buffer import Buffer, DType
 
 
 class Memory(Protocol):
-    """Buffers of one backend. Nothing here is an op; none of it runs between two ops of a step but `upload` and `read`."""
+    """Buffers of one backend. Nothing here is an op; of it all, a step calls `view`, `upload` and `read`."""
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """A new buffer, contents undefined."""

@@ -1,9 +1,9 @@
 """RMSNorm in C++."""
 
+from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
 from vivace.kernels.cpu.library import Array, Library, pointer
-from vivace.kernels.rmsnorm import Run
 
 
 class Args(Structure):
@@ -20,7 +20,7 @@ class Args(Structure):
     )
 
 
-def bind(library: Library) -> Run:
+def bind(library: Library) -> Callable[..., None]:
     """The op on one library."""
     call = library.op("rmsnorm", Args)
 

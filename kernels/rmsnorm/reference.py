@@ -8,8 +8,6 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-def run(
-    out_TM: torch.Tensor, x_TM: torch.Tensor, weight_M: torch.Tensor, *, eps: float
-) -> None:
+def run(out_TM: torch.Tensor, x_TM: torch.Tensor, weight_M: torch.Tensor, *, eps: float) -> None:
     """See `kernels.rmsnorm`."""
     out_TM.copy_(normed(x_TM, weight_M, eps))

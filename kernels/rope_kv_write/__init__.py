@@ -1,7 +1,7 @@
 """After the qkv projection: norm of q and k per head, rotation of both, K and V into the cache.
 
-A row of qkv is H query heads, then G key heads, then G value heads, each of D. The norms are RMSNorm over a head,
-applied when their weights are given. Rotation pairs element i with i + R/2 of the first R = cos_sin.shape[1] elements of
+A row of qkv is H query heads, then G key heads, then G value heads, each of D. The norms are RMSNorm over a
+head, applied when their weights are given. Rotation pairs element i with i + R/2 of the first R = cos_sin.shape[1] elements of
 a head (Hugging Face's rotate_half); the rest pass. Slot = block * S + offset; a negative slot is not written.
 """
 

@@ -1,7 +1,7 @@
 """One token per row: bias, temperature, top-k, top-p, min-p, then the Gumbel-max draw.
 
-In this order (that of transformers): scores = logits + bias; temperature 0 makes the row greedy and skips the rest;
-scores /= temperature; top-k keeps the k best (0: all); top-p keeps the shortest run of the best whose probability, among
+In this order (that of transformers): scores = logits + bias; temperature 0 makes the row greedy and skips the
+rest; scores /= temperature; top-k keeps the k best (0: all); top-p keeps the shortest run of the best whose probability, among
 what top-k kept, reaches p (1: all); min-p drops those under p times the best one's probability (0: none). "Best" is by
 score, ties to the lower id; at least one token stays. Dropped scores are -inf.
 

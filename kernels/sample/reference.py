@@ -41,7 +41,9 @@ def run(
     noise = torch.where(greedy_R[:, None], 0.0, _gumbel(seeds_R, positions_R.long(), V))
     drawn = scores_RV.double() + noise
     is_best = drawn == drawn.max(1, keepdim=True).values
-    tokens_R.copy_(place.where(is_best, V).min(1).values)  # argmax does not say which of equals it takes
+    tokens_R.copy_(
+        place.where(is_best, V).min(1).values
+    )  # argmax does not say which of equals it takes
 
 
 def _gumbel(seeds_R: torch.Tensor, positions_R: torch.Tensor, V: int) -> torch.Tensor:

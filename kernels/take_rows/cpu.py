@@ -1,9 +1,9 @@
 """Taking rows in C++."""
 
+from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
 
 from vivace.kernels.cpu.library import Array, Library, pointer
-from vivace.kernels.take_rows import Run
 
 
 class Args(Structure):
@@ -19,7 +19,7 @@ class Args(Structure):
     )
 
 
-def bind(library: Library) -> Run:
+def bind(library: Library) -> Callable[..., None]:
     """The op on one library."""
     call = library.op("take_rows", Args)
 

@@ -21,7 +21,12 @@ def generate(out: Path) -> None:
     path = out / "vivace" / "v1" / "inference_pb2_grpc.py"
     text = path.read_text()  # protoc imports from its own root, which is not a package here
     path.write_text(
-        re.sub(r"^from vivace\.v1 import", "from vivace.serving.protos.vivace.v1 import", text, flags=re.M)
+        re.sub(
+            r"^from vivace\.v1 import",
+            "from vivace.serving.protos.vivace.v1 import",
+            text,
+            flags=re.M,
+        )
     )
 
 

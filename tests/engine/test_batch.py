@@ -86,8 +86,12 @@ def test_sampling_rows_carry_what_the_request_asked_and_where_the_token_will_sta
 
 
 def test_stop_tokens_are_forbidden_until_min_tokens_are_there():
-    early = request(0, range(5), [0, 1], num_prompt=4, num_computed=4, min_tokens=2, stop_token_ids=(8, 9))
-    late = request(1, range(6), [2, 3], num_prompt=4, num_computed=5, min_tokens=2, stop_token_ids=(8, 9))
+    early = request(
+        0, range(5), [0, 1], num_prompt=4, num_computed=4, min_tokens=2, stop_token_ids=(8, 9)
+    )
+    late = request(
+        1, range(6), [2, 3], num_prompt=4, num_computed=5, min_tokens=2, stop_token_ids=(8, 9)
+    )
     rows = Batcher(2, 4, BLOCK).build([Chunk(late, 1), Chunk(early, 1)]).sampling
     assert rows.bias_starts.tolist() == [0, 0, 2]
     assert rows.bias_ids.tolist() == [8, 9]
@@ -106,7 +110,10 @@ def test_rows_of_prompt_logprobs_follow_the_rows_that_sample():
     asks.num_computed = 4
     asks.prompt_logprobs += [None] * 4
     batch = batcher.build([Chunk(asks, 2)])
-    assert batch.inputs["rows"].tolist() == [1, 0]  # the last row samples, the one before predicts token 5
+    assert batch.inputs["rows"].tolist() == [
+        1,
+        0,
+    ]  # the last row samples, the one before predicts token 5
     assert [(r.first_position, r.count) for r in batch.prompt_rows] == [(5, 1)]
 
 

@@ -43,9 +43,9 @@ def test_an_abort_at_any_stage_frees_everything_within_one_step(engine):
     for name in ("decodes", "prefills", "queued"):
         assert engine.abort(name)
     events = engine.step(1.0)
-    assert {event.request_id: event.finish for event in events} == {
-        name: FinishReason.ABORT for name in ("decodes", "prefills", "queued")
-    }
+    assert {event.request_id: event.finish for event in events} == dict.fromkeys(
+        ("decodes", "prefills", "queued"), FinishReason.ABORT
+    )
     loads = engine.loads()
     assert (loads.num_blocks_used, loads.num_running, loads.num_waiting) == (0, 0, 0)
     assert loads.num_requests_aborted == 3 and not engine.has_work

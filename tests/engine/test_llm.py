@@ -24,7 +24,9 @@ SAMPLED = SamplingParams(
 )
 
 
-def config(directory, *, threads=1, memory_bytes=None, sharing=True, backend=Backend.CPU, **scheduler):
+def config(
+    directory, *, threads=1, memory_bytes=None, sharing=True, backend=Backend.CPU, **scheduler
+):
     return Config(
         model=directory,
         backend=backend,
@@ -37,7 +39,9 @@ def config(directory, *, threads=1, memory_bytes=None, sharing=True, backend=Bac
 def prompts_of(llm):
     rng = random.Random(1)
     vocab = llm.core.info.vocab_size
-    return [{"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(n)]} for n in PROMPT_LENGTHS]
+    return [
+        {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(n)]} for n in PROMPT_LENGTHS
+    ]
 
 
 def essence(results):
@@ -78,7 +82,8 @@ def test_neighbours_change_nothing(llm, alone):
 @pytest.mark.parametrize("chunk", [1, 7, 16, 512])
 def test_the_chunk_size_changes_nothing(llm, alone, chunk):
     other = LLM(
-        llm.directory, config=config(llm.directory, max_step_tokens=chunk, max_running=min(chunk, 4))
+        llm.directory,
+        config=config(llm.directory, max_step_tokens=chunk, max_running=min(chunk, 4)),
     )
     assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
 
@@ -95,14 +100,21 @@ def test_a_prefix_hit_changes_nothing(llm, alone):
     first = fresh.generate(prompts_of(llm), warm_up)
     again = fresh.generate(prompts_of(llm), warm_up)
     assert [one.usage.cached_tokens for one in first] == [0] * len(first)
-    assert [one.usage.cached_tokens for one in again] == [(n - 1) // 16 * 16 for n in PROMPT_LENGTHS]
+    assert [one.usage.cached_tokens for one in again] == [
+        (n - 1) // 16 * 16 for n in PROMPT_LENGTHS
+    ]
     for results in (first, again):
         for result, (tokens, text, finish, places) in zip(results, alone, strict=True):
             output = result.outputs[0]
             assert (output.token_ids, output.text, output.finish_reason) == (tokens, text, finish)
-            got = [{t: (o.logprob.hex(), o.rank) for t, o in place.items()} for place in output.logprobs]
+            got = [
+                {t: (o.logprob.hex(), o.rank) for t, o in place.items()}
+                for place in output.logprobs
+            ]
             assert got == places[: len(got)]
-    assert essence(fresh.generate(prompts_of(llm), SAMPLED)) == alone  # prompt logprobs are never cached
+    assert (
+        essence(fresh.generate(prompts_of(llm), SAMPLED)) == alone
+    )  # prompt logprobs are never cached
 
 
 def test_preemption_changes_nothing(llm, alone):
@@ -123,7 +135,9 @@ def test_which_blocks_a_request_gets_changes_nothing(llm, alone):
     other = LLM(llm.directory, config=config(llm.directory, sharing=False))
     mixed = [prompt for prompt in prompts_of(llm) for _ in range(2)]
     random.Random(3).shuffle(mixed)
-    other.generate(mixed, SamplingParams(max_tokens=9, ignore_eos=True))  # leaves the free list in disorder
+    other.generate(
+        mixed, SamplingParams(max_tokens=9, ignore_eos=True)
+    )  # leaves the free list in disorder
     assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
 
 
@@ -165,7 +179,9 @@ def test_min_tokens_holds_back_stop_tokens(llm):
     prompt = prompts_of(llm)[3]
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     first = llm.generate(prompt, greedy)[0].outputs[0].token_ids[0]
-    output = llm.generate(prompt, replace(greedy, stop_token_ids=[first], min_tokens=4))[0].outputs[0]
+    output = llm.generate(prompt, replace(greedy, stop_token_ids=[first], min_tokens=4))[0].outputs[
+        0
+    ]
     assert first not in output.token_ids[:4]
     assert len(output.token_ids) > 4
 
@@ -180,13 +196,17 @@ def test_one_params_per_prompt_and_results_in_order(llm):
     prompts = prompts_of(llm)
     params = [SamplingParams(max_tokens=i + 1, ignore_eos=True) for i in range(len(prompts))]
     results = llm.generate(prompts, params)
-    assert [len(result.outputs[0].token_ids) for result in results] == list(range(1, len(prompts) + 1))
+    assert [len(result.outputs[0].token_ids) for result in results] == list(
+        range(1, len(prompts) + 1)
+    )
     assert [list(r.prompt_token_ids) for r in results] == [p["prompt_token_ids"] for p in prompts]
 
 
 def test_more_prompts_than_the_queue_holds(tiny_qwen3):
     small = LLM(tiny_qwen3, config=config(tiny_qwen3, max_running=2, max_waiting=3))
-    results = small.generate([{"prompt_token_ids": [3 + i]} for i in range(20)], SamplingParams(max_tokens=2))
+    results = small.generate(
+        [{"prompt_token_ids": [3 + i]} for i in range(20)], SamplingParams(max_tokens=2)
+    )
     assert len(results) == 20
 
 
@@ -215,7 +235,9 @@ def test_logprobs_not_asked_for_are_none(llm):
 
 def test_a_stop_string_ends_the_text_and_frees_the_blocks(llm):
     prompt = prompts_of(llm)[4]
-    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, skip_special_tokens=False)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True, skip_special_tokens=False
+    )
     text = llm.generate(prompt, greedy)[0].outputs[0].text
     stop = text[len(text) // 2 :][:3]
     output = llm.generate(prompt, replace(greedy, stop=stop))[0].outputs[0]
@@ -236,7 +258,12 @@ def test_nothing_is_written_to_stdout(llm, capfd):
         ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt_token_ids.*1000000000"),
         ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "shorter than the context"),
         ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
-        ({"prompt_token_ids": [3]}, {"temperature": float("nan")}, InvalidRequest, "temperature.*nan"),
+        (
+            {"prompt_token_ids": [3]},
+            {"temperature": float("nan")},
+            InvalidRequest,
+            "temperature.*nan",
+        ),
         ({"prompt_token_ids": [3]}, {"n": 2}, Unimplemented, "n is not served"),
     ],
 )
@@ -248,7 +275,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(llm, prompt, params, e
 
 
 def test_quantize_is_refused(tiny_qwen3):
-    with pytest.raises(ConfigError, match="quantize.*int8"):
+    with pytest.raises(ConfigError, match=r"quantize.*int8"):
         LLM(tiny_qwen3, quantize="int8")
 
 
@@ -257,7 +284,9 @@ def test_both_backends_agree(llm):
     reference = LLM(llm.directory, config=config(llm.directory, backend=Backend.REFERENCE))
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)
     for ours, theirs in zip(
-        llm.generate(prompts_of(llm), params), reference.generate(prompts_of(llm), params), strict=True
+        llm.generate(prompts_of(llm), params),
+        reference.generate(prompts_of(llm), params),
+        strict=True,
     ):
         places = zip(
             ours.outputs[0].token_ids,

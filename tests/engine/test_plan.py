@@ -61,8 +61,16 @@ def test_threads_are_the_cpus_unless_set(tmp_path):
     ("machine", "settings", "words"),
     [
         (Machine(2, 1 << 20), {}, r"not enough memory: weights 0 MiB.*1 MiB is free"),
-        (PLENTY, {"cache": CacheConfig(memory_bytes=1 << 40)}, "not enough memory.*KV cache 1,048,576 MiB"),
-        (PLENTY, {"cache": CacheConfig(memory_bytes=100)}, r"cache\.memory_bytes \(100\) must hold"),
+        (
+            PLENTY,
+            {"cache": CacheConfig(memory_bytes=1 << 40)},
+            "not enough memory.*KV cache 1,048,576 MiB",
+        ),
+        (
+            PLENTY,
+            {"cache": CacheConfig(memory_bytes=100)},
+            r"cache\.memory_bytes \(100\) must hold",
+        ),
         (PLENTY, {"max_context_tokens": 201}, r"max_context_tokens must be in 2\.\.200.*got 201"),
         (PLENTY, {"max_context_tokens": 1}, "got 1"),
     ],
@@ -81,7 +89,10 @@ def test_this_machine_can_be_read():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (lambda: SchedulerConfig(max_step_tokens=4, max_running=8), "each decodes one token a step"),
+        (
+            lambda: SchedulerConfig(max_step_tokens=4, max_running=8),
+            "each decodes one token a step",
+        ),
         (lambda: SchedulerConfig(max_running=0), r"scheduler\.max_running .* at least 1, got 0"),
         (lambda: CacheConfig(block_tokens=0), r"cache\.block_tokens"),
         (lambda: CpuConfig(threads=0), r"cpu\.threads"),

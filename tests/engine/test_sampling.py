@@ -43,7 +43,11 @@ def test_unset_fields_take_the_checkpoints_generation_config_and_set_ones_do_not
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[(name, bad) for name in ("temperature", "top_p", "min_p") for bad in (math.nan, math.inf)],
+        *[
+            (name, bad)
+            for name in ("temperature", "top_p", "min_p")
+            for bad in (math.nan, math.inf)
+        ],
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", "hot"),

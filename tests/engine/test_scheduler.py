@@ -86,7 +86,11 @@ class World:
         for chunk in chunks:
             self._compute(chunk)
         for chunk in chunks:
-            sampled = (len(chunk.request.tokens) % 3 if token is None else token) if chunk.samples else None
+            sampled = (
+                (len(chunk.request.tokens) % 3 if token is None else token)
+                if chunk.samples
+                else None
+            )
             if chunk.request.wants_prompt_logprobs:
                 known = len(chunk.request.prompt_logprobs)
                 last = min(chunk.end, chunk.request.num_prompt_tokens - 1)
@@ -106,7 +110,9 @@ class World:
             if i >= start:
                 assert self.pool.num_holders(slot[0]) == 1, "writes into a shared block"
                 self.cache[slot] = asked.salt, tuple(asked.tokens[: i + 1])
-            assert self.cache[slot] == (asked.salt, tuple(asked.tokens[: i + 1])), "reads another's block"
+            assert self.cache[slot] == (asked.salt, tuple(asked.tokens[: i + 1])), (
+                "reads another's block"
+            )
         self.num_computed += chunk.num_tokens
 
     def run(self, limit=10_000):
@@ -154,7 +160,9 @@ def test_nobody_starts_only_to_be_preempted_at_once():
     world = World(num_blocks=4, sharing=False)
     world.add(request("old", [1] * 8, 8))
     world.step()
-    world.add(request("new", [2] * 4, 4))  # one block is free for it, and the old one's next token needs another
+    world.add(
+        request("new", [2] * 4, 4)
+    )  # one block is free for it, and the old one's next token needs another
     world.add(request("newer", [3] * 4, 4))
     everyone = list(world.live.values())
     world.run()

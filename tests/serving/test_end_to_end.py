@@ -60,7 +60,9 @@ class Server:
 
     def engine_pid(self):
         """The one child that runs the engine."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             children += (task / "children").read_text().split()
         [pid] = {int(child) for child in children if b"vivace.engine" in _command(child)}
@@ -125,7 +127,9 @@ def test_a_chat_streams_the_same_reply_as_the_library(client):
 
 
 def test_generate_gives_logprobs_and_prompt_logprobs(client):
-    events = list(client.generate(PROMPT, temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1))
+    events = list(
+        client.generate(PROMPT, temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1)
+    )
     assert sum(len(event.logprobs) for event in events) == 4
     assert sum(len(event.prompt_logprobs) for event in events) > 10
 
@@ -136,7 +140,11 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(client):
         return [token for event in events for token in event.token_ids]
 
     alone = draw()
-    others = [threading.Thread(target=lambda: list(client.chat(CHAT, seed=i))) for i in range(8)]
+
+    def chat(seed):
+        list(client.chat(CHAT, seed=seed))
+
+    others = [threading.Thread(target=chat, args=(i,)) for i in range(8)]
     for thread in others:
         thread.start()
     assert draw() == alone
@@ -198,10 +206,14 @@ def test_200_requests_that_end_early_free_all_their_blocks(server, way):
             codes.append(error.code())
 
     with Client(server.target) as client:
-        if way == "cancel":  # most never get a first token before the others have left: they hang up too
+        if (
+            way == "cancel"
+        ):  # most never get a first token before the others have left: they hang up too
             calls = [
                 client.generate(
-                    {"prompt_token_ids": [5 + i, *range(100, 400)]}, max_tokens=1500, ignore_eos=True
+                    {"prompt_token_ids": [5 + i, *range(100, 400)]},
+                    max_tokens=1500,
+                    ignore_eos=True,
                 )
                 for i in range(200)
             ]
@@ -217,11 +229,17 @@ def test_200_requests_that_end_early_free_all_their_blocks(server, way):
             for thread in threads:
                 thread.start()
             if way == "abort":
-                wait_until(lambda: client.loads().num_running + client.loads().num_waiting == 200, 30)
+                wait_until(
+                    lambda: client.loads().num_running + client.loads().num_waiting == 200, 30
+                )
                 assert all(client.abort(f"abort-{i}") for i in range(200))
             for thread in threads:
                 thread.join()
-            want = grpc.StatusCode.DEADLINE_EXCEEDED if way == "deadline" else grpc.StatusCode.CANCELLED
+            want = (
+                grpc.StatusCode.DEADLINE_EXCEEDED
+                if way == "deadline"
+                else grpc.StatusCode.CANCELLED
+            )
             assert codes == [want] * 200
         wait_until(lambda: client.loads().num_running + client.loads().num_waiting == 0)
         assert client.loads().num_blocks_used == 0
@@ -328,7 +346,9 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
     for file in MODEL.iterdir():
         if file.is_file():
             data = file.read_bytes()
-            (tmp_path / file.name).write_bytes(data[:-1000] if file.suffix == ".safetensors" else data)
+            (tmp_path / file.name).write_bytes(
+                data[:-1000] if file.suffix == ".safetensors" else data
+            )
     assert "model.safetensors" in refused("--port", "0", model=tmp_path)
 
 

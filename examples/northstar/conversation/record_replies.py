@@ -34,7 +34,9 @@ def main() -> None:
     by_template = tokenizer.apply_chat_template(
         [{"role": "system", "content": parts["policy"]}], tools=parts["tools"], tokenize=False
     )
-    assert script.system_message() in by_template, "the tools are not written as the template has them"
+    assert script.system_message() in by_template, (
+        "the tools are not written as the template has them"
+    )
     messages = [{"role": "system", "content": script.system_message()}]
     replies = []
     for turn in parts["turns"]:
@@ -45,7 +47,11 @@ def main() -> None:
         messages.append({"role": "assistant", "content": text})
         replies.append({"text": text, "token_ids": made, "min_margin": round(margin, 4)})
         print(f"{turn['user']}\n  {text}   ({len(made)} tokens, smallest margin {margin:.3f})")
-    record = {"transformers": transformers.__version__, "torch": torch.__version__, "replies": replies}
+    record = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "replies": replies,
+    }
     path = script.HERE / "replies.json"
     path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
