@@ -57,7 +57,12 @@ def _cmake() -> list[str]:
 setup(
     packages=find_packages("src"),
     package_dir={"": "src"},
-    package_data={"vivace": ["py.typed"], "vivace.engine.models": ["names/*.json"]},
+    include_package_data=False,
+    package_data={
+        "vivace": ["py.typed"],
+        "vivace.engine.models": ["names/*.json"],
+        "vivace.serving.protos.vivace.v1": ["*.proto", "*.pyi"],
+    },
     ext_modules=[Extension("vivace.kernels.vivace_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     setup_requires=[] if shutil.which("cmake") else ["cmake>=3.22"],

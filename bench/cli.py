@@ -20,8 +20,8 @@ def main(command: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.kind == "host":
         figures = [one for count in args.requests for one in host.measure(count, args.rounds)]
-        result.report("bench host", figures, rounds=args.rounds)
+        result.report("bench host", figures, {"rounds": args.rounds})
     else:
         figures = startup.measure(args.model, args.runs)
-        result.report("bench startup", figures, model=args.model.name, runs=args.runs)
+        result.report("bench startup", figures, {"model": args.model.name, "runs": args.runs})
     return 0

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,7 +27,7 @@ def figure(name: str, values: Sequence[float]) -> Figure:
     return Figure(name, median(values), cuts[0], cuts[-1], len(values))
 
 
-def report(command: str, figures: Sequence[Figure], **config: str | int) -> None:
+def report(command: str, figures: Sequence[Figure], config: Mapping[str, str | int]) -> None:
     """Print a table for people, then one JSON line for machines."""
     for one in figures:
         print(
@@ -35,7 +35,7 @@ def report(command: str, figures: Sequence[Figure], **config: str | int) -> None
         )
     record = {
         "command": command,
-        "config": config,
+        "config": dict(config),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "machine": {

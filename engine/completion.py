@@ -4,6 +4,7 @@ The engine knows no text. When a stop string is found here, the engine's request
 which says that its blocks are free, is waited for and passed on as a stop.
 """
 
+import codecs
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -33,16 +34,44 @@ class TextEvent:
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; the pieces joined are the decoded whole."""
+    """Text of a growing list of tokens, piece by piece; the pieces joined are the decoded whole.
+
+    One exception: bytes written as byte tokens (`<0xE0>`) that are no UTF-8 are replaced one by one, while decoding all
+    at once also replaces the good characters that stand beside them. Those are out before the bad byte is seen.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []  # the last few
         self._num_shown = 0  # characters of their text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""
+        byte = self._tokenizer.byte_tokens.get(token_id)
+        if byte is not None:
+            return self._push_byte(token_id, byte)
+        return self._end_bytes() + self._push_token(token_id)
+
+    def finish(self) -> str:
+        """What is left: bytes that never became a character."""
+        return self._end_bytes() + self._rest()
+
+    def _push_byte(self, token_id: int, byte: bytes) -> str:
+        is_first, rest = not self._ids, self._rest()
+        self._ids = [token_id]  # what follows is decoded as text that stands behind something
+        self._num_shown = len(self._decode())
+        if is_first and not self._num_shown:
+            return ""  # a space that the decoder strips from the beginning
+        return rest + self._utf8.decode(byte)
+
+    def _end_bytes(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _push_token(self, token_id: int) -> str:
         self._ids.append(token_id)
         text = self._decode()
         sure = max(self._num_shown, _num_sure(text))
@@ -53,8 +82,7 @@ class Detokenizer:
             self._num_shown = _num_sure(self._decode())
         return piece
 
-    def finish(self) -> str:
-        """What is left: bytes that never became a character."""
+    def _rest(self) -> str:
         return self._decode()[self._num_shown :]
 
     def _decode(self) -> str:
@@ -104,12 +132,11 @@ class Completion:
         )
         if event.finish is None:
             return shown
-        if self._has_matched():
+        if self._matched is None:
+            shown = replace(shown, text=text + self._rest())
+        if self._matched is not None:
             return self._finish_matched(shown, event)
         return replace(shown, finish=event.finish, stop=event.stop_token_id, usage=event.usage)
-
-    def _has_matched(self) -> bool:
-        return self._matched is not None
 
     def _take(self, token_id: int, *, is_stop: bool) -> str:
         """Count a token; returns what may be shown. A stop token is never shown."""
@@ -129,16 +156,16 @@ class Completion:
         if self._num_tokens <= self._rules.min_tokens:
             self._held = text[self._first_possible_start(text) :]
             return text[: len(text) - len(self._held)]
-        fresh = len(
-            self._held
-        )  # a match must end in the new piece; those before were held back or did not count
+        # A match ends in the new piece: what ended before it was too early to count.
+        fresh = len(self._held)
         found = [
             (start, stop)
             for stop in self._rules.stop
             if (start := text.find(stop, max(0, fresh - len(stop) + 1))) >= 0
         ]
         if found:
-            start, self._matched = min(found, key=lambda one: (one[0], len(one[1])))
+            # The first to be complete, and of those that end together the longest: the same however text is cut in tokens.
+            start, self._matched = min(found, key=lambda one: (one[0] + len(one[1]), one[0]))
             self._held = ""
             return text[: start + len(self._matched) if self._rules.include_stop else start]
         self._held = text[self._first_possible_start(text) :]
@@ -171,7 +198,9 @@ async def stream(
         async for event in events:
             before = completion.matched
             shown = completion.push(event)
+            if completion.matched is not None and before is None and event.finish is None:
+                await engine.abort(
+                    request.request_id
+                )  # before yielding: a slow reader must not hold blocks
             if shown.text or shown.token_ids or shown.prompt_logprobs or shown.finish is not None:
                 yield shown
-            if completion.matched is not None and before is None and event.finish is None:
-                await engine.abort(request.request_id)

@@ -1,7 +1,7 @@
 """Text to ids and back, and the chat template. Keeps no state between calls; streaming is `completion.py`'s."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,15 @@ import tokenizers
 from vivace.engine.chat_template import ChatMessage, ChatTemplate
 from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS = (  # what templates may ask for by name
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class Tokenizer:
@@ -19,6 +27,9 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(one for one, token in added.items() if token.special)
+        self._byte_tokens = _byte_tokens(tokenizer)
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
@@ -28,9 +39,7 @@ class Tokenizer:
             raise ArtifactError(f"{path} is missing")
         try:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
-        except Exception as error:
+        except Exception as error:  # the library raises the base class for a broken file
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -40,6 +49,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `render_chat` can work."""
         return self._template is not None
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that decoding leaves out where special ones are skipped."""
+        return self._special_ids
+
+    @property
+    def byte_tokens(self) -> Mapping[int, bytes]:
+        """Tokens that stand for one raw byte of UTF-8 (`<0xE0>`), as SentencePiece falls back to; empty if there are none."""
+        return self._byte_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the special tokens that the checkpoint puts around one, unless told not to."""
@@ -69,18 +88,32 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
 
+def _byte_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, bytes]:
+    names = ((bytes((byte,)), tokenizer.token_to_id(f"<0x{byte:02X}>")) for byte in range(256))
+    found = {token_id: byte for byte, token_id in names if token_id is not None}
+    letter = next((token_id for token_id, byte in found.items() if byte == b"A"), None)
+    # Some vocabularies hold these names as plain text.
+    is_raw = letter is not None and tokenizer.decode([letter]) == "A"
+    return found if is_raw else {}
+
+
 def _read_template(directory: Path) -> ChatTemplate | None:
     path = directory / "tokenizer_config.json"
     settings = _read_json(path) if path.is_file() else {}
     source = settings.get("chat_template")
     beside = directory / "chat_template.jinja"
-    if beside.is_file():
-        source = beside.read_text(encoding="utf-8")
-    if isinstance(source, list):  # several named ones
-        source = {one["name"]: one["template"] for one in source}.get("default")
+    try:
+        if beside.is_file():
+            path, source = beside, beside.read_text(encoding="utf-8")
+        elif isinstance(source, list):  # several named ones
+            source = {one["name"]: one["template"] for one in source}.get("default")
+        variables = {name: _token(settings.get(name)) for name in SPECIAL_TOKENS}
+    except (LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error!r}") from error
     if source is None:
         return None
-    variables = {name: _token(settings.get(name)) for name in SPECIAL_TOKENS}
+    if not isinstance(source, str):
+        raise ArtifactError(f"{path}: chat_template is not text")
     return ChatTemplate(
         source, {name: text for name, text in variables.items() if text is not None}
     )
@@ -98,5 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _token(value: Any) -> str | None:
     """A token is written as text, or as an object with its content."""
-    text: str | None = value["content"] if isinstance(value, dict) else value
+    text = value["content"] if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise TypeError(f"a token is text, got {text!r}")
     return text

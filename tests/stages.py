@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,7 @@ PARTS = {  # stage of `test` -> what pytest runs in it
     "engine": ["tests/engine"],
     "serving": ["tests/serving"],
     "kernels": ["tests/kernels"],
-    "rest": [
-        "tests/bench",
-        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_*.py")),
-    ],
+    "rest": ["tests", *(f"--ignore=tests/{name}" for name in ("engine", "serving", "kernels"))],
 }
 
 
@@ -53,6 +51,7 @@ def package() -> None:
     out = ROOT / "build" / "package"
     shutil.rmtree(out, ignore_errors=True)
     run("python", "-m", "build", "--outdir", str(out / "dist"), str(ROOT))
+    check_wheel(*(out / "dist").glob("*.whl"))
     for kind in ("*.whl", "*.tar.gz"):
         [made] = (out / "dist").glob(kind)
         venv = out / f"venv-{made.suffix[1:]}"
@@ -63,6 +62,17 @@ def package() -> None:
         model = str(ROOT / "examples" / "northstar")
         subprocess.run([str(venv / "bin" / "vivace"), "info", model], cwd=out, check=True)
         subprocess.run([str(venv / "bin" / "python"), "-c", ONE_TOKEN, model], cwd=out, check=True)
+
+
+def check_wheel(wheel: Path) -> None:
+    """Raise RuntimeError unless the wheel holds all that lies in the folders, and one library."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    suffixes = (".py", ".pyi", ".json", ".proto")
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*")]
+    wanted = {f"vivace/{path.relative_to(ROOT)}" for path in files if path.suffix in suffixes}
+    wanted |= {"vivace/__main__.py", "vivace/py.typed", "vivace/kernels/libvivace_cpu.so"}
+    if "-py3-none-" not in wheel.name or not wanted <= names:
+        raise RuntimeError(f"{wheel.name} lacks {sorted(wanted - names)}")
 
 
 ONE_TOKEN = """
@@ -84,7 +94,8 @@ def main(names: list[str]) -> int:
         start = time.monotonic()
         try:
             stages[name]()
-        except subprocess.CalledProcessError:
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            print(error)
             failed = True
         times.append((name, time.monotonic() - start, "failed" if failed else "ok"))
         if failed:

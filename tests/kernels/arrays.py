@@ -1,0 +1,30 @@
+"""Arrays in and out of a backend: outputs start as NaN or -1, so what is not written cannot pass."""
+
+import numpy as np
+
+from vivace.kernels.backend import Backend, load
+
+BACKENDS = (Backend.REFERENCE, Backend.CPU)
+
+
+def ops_of(backend, threads=1):
+    """The ops of a backend."""
+    return load(backend, threads=threads) if backend is Backend.CPU else load(backend)
+
+
+def out(ops, *shape, dtype=np.float32):
+    """A poisoned output."""
+    return ops.memory.upload(np.full(shape, np.nan if dtype == np.float32 else -1, dtype))
+
+
+def run(ops, op, outs, *ins, **attrs):
+    """Call an op on host arrays; `outs` are poisoned buffers. Returns them on the host."""
+    inputs = [None if one is None else ops.memory.upload(np.ascontiguousarray(one)) for one in ins]
+    getattr(ops, op)(*outs, *inputs, **attrs)
+    return [ops.memory.read(one).copy() for one in outs]
+
+
+def close(got, want, tolerance=2e-6):
+    """Within a share of the largest value wanted."""
+    assert got.shape == want.shape and not np.isnan(got).any()
+    assert np.abs(got - want).max(initial=0) <= tolerance * max(np.abs(want).max(initial=0), 1e-30)
