@@ -132,11 +132,12 @@ class Completion:
         )
         if event.finish is None:
             return shown
-        if self._matched is None:
-            shown = replace(shown, text=text + self._rest())
-        if self._matched is not None:
+        if self._has_matched():
             return self._finish_matched(shown, event)
         return replace(shown, finish=event.finish, stop=event.stop_token_id, usage=event.usage)
+
+    def _has_matched(self) -> bool:
+        return self._matched is not None
 
     def _take(self, token_id: int, *, is_stop: bool) -> str:
         """Count a token; returns what may be shown. A stop token is never shown."""

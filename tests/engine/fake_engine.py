@@ -87,7 +87,8 @@ class FakeCore:
     def step(self, now):
         self._num_steps += 1
         events = [
-            TokenEvent(id_, finish=FinishReason.ABORT, usage=self._usage(id_)) for id_ in self._ended
+            TokenEvent(id_, finish=FinishReason.ABORT, usage=self._usage(id_))
+            for id_ in self._ended
         ]
         self._ended = []
         for id_, request in list(self._requests.items()):
