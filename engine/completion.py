@@ -200,8 +200,7 @@ async def stream(
             before = completion.matched
             shown = completion.push(event)
             if completion.matched is not None and before is None and event.finish is None:
-                await engine.abort(
-                    request.request_id
-                )  # before yielding: a slow reader must not hold blocks
+                # Before yielding: a slow reader must not hold blocks.
+                await engine.abort(request.request_id)
             if shown.text or shown.token_ids or shown.prompt_logprobs or shown.finish is not None:
                 yield shown

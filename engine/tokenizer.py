@@ -101,15 +101,15 @@ def _read_template(directory: Path) -> ChatTemplate | None:
     path = directory / "tokenizer_config.json"
     settings = _read_json(path) if path.is_file() else {}
     source = settings.get("chat_template")
-    beside = directory / "chat_template.jinja"
     try:
-        if beside.is_file():
-            path, source = beside, beside.read_text(encoding="utf-8")
-        elif isinstance(source, list):  # several named ones
+        if isinstance(source, list):  # several named ones
             source = {one["name"]: one["template"] for one in source}.get("default")
         variables = {name: _token(settings.get(name)) for name in SPECIAL_TOKENS}
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error!r}") from error
+    beside = directory / "chat_template.jinja"
+    if beside.is_file():
+        path, source = beside, _read_text(beside)
     if source is None:
         return None
     if not isinstance(source, str):
@@ -119,9 +119,16 @@ def _read_template(directory: Path) -> ChatTemplate | None:
     )
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_read_text(path))
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):

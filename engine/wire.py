@@ -10,9 +10,12 @@ from typing import Any
 import msgspec
 
 from vivace.engine.config import Config
-from vivace.engine.events import EngineInfo, EngineRequest, Loads, TokenEvent
+from vivace.engine.events import EngineInfo, EngineRequest, Loads, TokenEvent, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
+PIECE_POSITIONS = (
+    4096  # of a prompt's logprobs in one frame: 2 MB where all 20 best tokens are asked for
+)
 HEADER = struct.Struct("<I")
 
 
@@ -68,8 +71,15 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
+class PromptLogprobs(msgspec.Struct, tag=True, frozen=True):
+    """From the engine: a piece of what the request's next event has. A long prompt's whole fits no frame."""
+
+    request_id: str
+    piece: tuple[TokenLogprobs | None, ...]
+
+
 class Events(msgspec.Struct, tag=True, frozen=True):
-    """From the engine: all events of one step."""
+    """From the engine: all events of one step, prompt logprobs left out."""
 
     events: list[TokenEvent]
 
@@ -90,14 +100,14 @@ class LoadsReply(msgspec.Struct, tag=True, frozen=True):
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):
-    """From the engine: whether it is inside a step, and how many ops it has finished."""
+    """From the engine: whether it does anything but wait, and a count that grows while that goes on."""
 
     is_busy: bool
     progress: int
 
 
 ToEngine = Start | Add | Abort | GetLoads | Ping | Close
-FromEngine = Loading | Ready | Failed | Events | Refused | LoadsReply | Beat
+FromEngine = Loading | Ready | Failed | PromptLogprobs | Events | Refused | LoadsReply | Beat
 
 
 def _encode_other(value: Any) -> str:

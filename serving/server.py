@@ -115,7 +115,7 @@ class Server:
             await engine.close()
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=OPTIONS, interceptors=(Boundary(),))
+        server = grpc.aio.server(options=OPTIONS, interceptors=(Boundary(SERVICE),))
         pb_grpc.add_InferenceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = (SERVICE, HEALTH, reflection.SERVICE_NAME, REFLECTION_V1)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,19 +25,22 @@ from vivace.engine.errors import (
     InvalidRequest,
     Overloaded,
 )
-from vivace.engine.events import EngineInfo, EngineRequest, Loads, TokenEvent
+from vivace.engine.events import EngineInfo, EngineRequest, Loads, TokenEvent, TokenLogprobs
 
-COMMAND = (sys.executable, "-m", "vivace.engine.process")
+# -P: a file of the working folder must not pass for a module of the engine's.
+COMMAND = (sys.executable, "-P", "-m", "vivace.engine.process")
 ERRORS = {error.code: error for error in (InvalidRequest, Overloaded, ConfigError, ArtifactError)}
+ACCEPT_S = 0.002  # between two looks for the process's connection
 CLOSE_S = 2.0  # for the process to go by itself
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """How the process is watched: a ping every so often, and how long it may show no life."""
+    """How the process is watched: a ping every so often, how long it may show no life, and take to connect."""
 
     ping_s: float = 1.0
     silence_s: float = 10.0
+    connect_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,52 +55,77 @@ class Child:
         """End the process and leave nothing behind, before anybody owns it."""
         self.process.kill()
         self.process.wait()
+        self.remove_socket()
+
+    def remove_socket(self) -> None:
+        """Let nobody connect any more. The process removes the same files: whoever comes second finds nothing."""
         self.listener.close()
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def spawn(command: Sequence[str] = COMMAND) -> Child:
     """Start an engine process. It imports while the caller does other things; `NativeEngine.start` takes it over."""
     directory = Path(tempfile.mkdtemp(prefix="vivace-"))  # mode 0700
     path = directory / "engine.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        listener = _listen(path)
+        _listen(listener, path)
         process = subprocess.Popen(
             [*command, str(path)], stdin=subprocess.DEVNULL, start_new_session=True
         )
     except BaseException:
+        listener.close()
         shutil.rmtree(directory)
         raise
     return Child(process, listener, directory)
 
 
 class _Stream:
-    """Events of one request on their way to a consumer that may lag: what it has not taken yet is merged into one."""
+    """Events of one request on their way to a consumer that may lag: what it has not taken yet reaches it as one."""
 
     def __init__(self) -> None:
-        self._event: TokenEvent | None = None
+        self.is_left = False  # nobody reads it any more; the engine has yet to end it
+        self.ended = asyncio.Event()  # the engine has nothing more to say
+        self._events: list[TokenEvent] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] = []  # of the event to come
         self._error: EngineError | None = None
         self._changed = asyncio.Event()
 
+    def hold(self, piece: tuple[TokenLogprobs | None, ...]) -> None:
+        if not self.is_left:
+            self._prompt_logprobs += piece
+
     def put(self, event: TokenEvent) -> None:
-        self._event = event if self._event is None else _merged(self._event, event)
+        if event.finish is not None:
+            self.ended.set()
+        if self.is_left:
+            return
+        if self._prompt_logprobs:
+            event = replace(event, prompt_logprobs=tuple(self._prompt_logprobs))
+            self._prompt_logprobs.clear()
+        self._events.append(event)
         self._changed.set()
 
     def fail(self, error: EngineError) -> None:
         self._error = error
+        self.ended.set()
         self._changed.set()
 
+    def leave(self) -> None:
+        self.is_left = True
+        self._events.clear()
+        self._prompt_logprobs.clear()
+
     async def take(self) -> TokenEvent:
-        """The next event. Raises what the request failed with."""
+        """All that has come since the last one. Raises what the request failed with, once all events are taken."""
         await self._changed.wait()
-        self._changed.clear()
-        if self._event is None:
-            assert self._error is not None
-            raise self._error
-        event, self._event = self._event, None
-        if self._error is not None:
-            self._changed.set()
-        return event
+        if self._events:
+            events, self._events = self._events, []
+            if self._error is None:
+                self._changed.clear()
+            return events[0] if len(events) == 1 else _merged(events)
+        assert self._error is not None
+        raise self._error
 
 
 class NativeEngine:
@@ -104,12 +133,13 @@ class NativeEngine:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        child: Child,
         *,
         on_progress: Callable[[int, int], None],
         watch: Watch,
     ) -> None:
-        self._process = process
+        self._child = child
+        self._process = child.process
         self._on_progress = on_progress
         self._watch = watch
         loop = asyncio.get_running_loop()
@@ -119,8 +149,9 @@ class NativeEngine:
         self._loads: dict[int, asyncio.Future[Loads]] = {}
         self._numbers = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
-        self._last_life = loop.time()
+        self._shows_life = True  # since the last ping
         self._last_progress = -1
+        self._reaped: asyncio.Future[int] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -134,35 +165,35 @@ class NativeEngine:
     ) -> "NativeEngine":
         """Own an engine process (a new one, if none is given) and return at once; it loads meanwhile."""
         child = child or spawn()
-        engine = cls(child.process, on_progress=on_progress, watch=watch or Watch())
-        engine._tasks.append(asyncio.create_task(engine._run(config, child)))
+        engine = cls(child, on_progress=on_progress, watch=watch or Watch())
+        engine._tasks.append(asyncio.create_task(engine._run(config)))
         return engine
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent]:
         """Events of one request; see `Engine.generate`."""
         await self.info()
         request_id = request.request_id
-        if request_id in self._streams:
-            raise InvalidRequest(f"request_id {request_id!r} is in use")
+        while (before := self._streams.get(request_id)) is not None:
+            if not before.is_left:
+                raise InvalidRequest(f"request_id {request_id!r} is in use")
+            await before.ended.wait()  # its last event must not pass for one of ours
+        self._send(wire.Add(request))
         stream = self._streams[request_id] = _Stream()
-        is_finished = False
         try:
-            self._send(wire.Add(request))
+            is_finished = False
             while not is_finished:
                 event = await stream.take()
                 is_finished = event.finish is not None
                 yield event
-        except EngineError:
-            is_finished = True
-            raise
         finally:
-            del self._streams[request_id]
-            if not is_finished and not self._death.done():
+            if not stream.ended.is_set():
+                stream.leave()
                 self._send(wire.Abort(request_id))
 
     async def abort(self, request_id: str) -> bool:
         """End a request early; see `Engine.abort`."""
-        if request_id not in self._streams or self._death.done():
+        stream = self._streams.get(request_id)
+        if stream is None or stream.is_left:
             return False
         self._send(wire.Abort(request_id))
         return True
@@ -192,7 +223,7 @@ class NativeEngine:
         return await asyncio.shield(self._death)
 
     async def close(self) -> None:
-        """End the process, kindly first. Idempotent."""
+        """End the process, kindly first. Idempotent. Raises what went wrong on this side, if that ended the engine."""
         if not self._death.done() and self._writer is not None:
             self._send(wire.Close())
             with contextlib.suppress(TimeoutError):
@@ -200,12 +231,18 @@ class NativeEngine:
         self._die("the engine was closed")
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._child.remove_socket()  # a task cancelled before its first step has not
+        if self._reaped is not None:
+            await self._reaped
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
-    async def _run(self, config: Config, child: Child) -> None:
+    async def _run(self, config: Config) -> None:
         """Own the process from its connection to its death."""
         try:
-            reader = await self._connect(child)
+            reader = await self._connect()
             self._send(wire.Start(config))
             self._tasks.append(asyncio.create_task(self._ping()))
             while True:
@@ -216,21 +253,26 @@ class NativeEngine:
             self._die(await self._exit_reason())
         except (ValueError, msgspec.MsgspecError) as error:
             self._die(f"the engine process sent garbage: {error}")
+        finally:
+            self._die("the front-end has failed")  # a bug on this side: `close` raises it
 
-    async def _connect(self, child: Child) -> asyncio.StreamReader:
+    async def _connect(self) -> asyncio.StreamReader:
         """Take the one connection; afterwards nothing is left in the file system."""
         loop = asyncio.get_running_loop()
-        accept = asyncio.ensure_future(loop.sock_accept(child.listener))
+        end = loop.time() + self._watch.connect_s
         try:
-            while not accept.done():
-                await asyncio.wait([accept], timeout=0.02)
-                if self._process.poll() is not None and not accept.done():
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    connected, _ = self._child.listener.accept()
+                    break
+                if self._process.poll() is not None:
                     raise EOFError
-            connected, _ = accept.result()
+                if loop.time() >= end:
+                    self._die(f"the engine process did not connect in {self._watch.connect_s:g} s")
+                    raise EOFError
+                await asyncio.sleep(ACCEPT_S)
         finally:
-            accept.cancel()
-            child.listener.close()
-            shutil.rmtree(child.directory)
+            self._child.remove_socket()
         reader, self._writer = await asyncio.open_unix_connection(sock=connected)
         return reader
 
@@ -239,10 +281,12 @@ class NativeEngine:
         match frame:
             case wire.Events(events):
                 for event in events:
-                    if (stream := self._streams.get(event.request_id)) is not None:
-                        stream.put(event)
-            case wire.Refused(request_id, code, message):
+                    self._put(event)
+            case wire.PromptLogprobs(request_id, piece):
                 if (stream := self._streams.get(request_id)) is not None:
+                    stream.hold(piece)
+            case wire.Refused(request_id, code, message):
+                if (stream := self._streams.pop(request_id, None)) is not None:
                     stream.fail(ERRORS[code](message))
             case wire.LoadsReply(number, loads):
                 if (reply := self._loads.get(number)) is not None and not reply.done():
@@ -259,21 +303,29 @@ class NativeEngine:
             case wire.Failed(code, message):
                 self._ready.set_exception(ERRORS[code](message))
 
+    def _put(self, event: TokenEvent) -> None:
+        if (stream := self._streams.get(event.request_id)) is not None:
+            stream.put(event)
+            if event.finish is not None:
+                del self._streams[event.request_id]
+
     def _note_life(self, frame: wire.FromEngine) -> None:
-        """A heartbeat from inside a step counts only if the step goes on."""
+        """A heartbeat from a busy loop counts only if the loop gets on."""
         if isinstance(frame, wire.Beat):
             if frame.is_busy and frame.progress == self._last_progress:
                 return
             self._last_progress = frame.progress
-        self._last_life = asyncio.get_running_loop().time()
+        self._shows_life = True
 
     async def _ping(self) -> None:
-        while not self._death.done():
+        """Counts pings, not time: where this side stalled, what the process said meanwhile has yet to be read."""
+        silence_s = 0.0
+        while silence_s < self._watch.silence_s and not self._death.done():
+            self._shows_life = False
             self._send(wire.Ping())
             await asyncio.sleep(self._watch.ping_s)
-            silence = asyncio.get_running_loop().time() - self._last_life
-            if silence > self._watch.silence_s:
-                self._die(f"the engine process has been silent for {silence:.1f} s")
+            silence_s = 0.0 if self._shows_life else silence_s + self._watch.ping_s
+        self._die(f"the engine process has been silent for {silence_s:.1f} s")
 
     def _send(self, frame: wire.ToEngine) -> None:
         if self._death.done() or self._writer is None:
@@ -284,7 +336,7 @@ class NativeEngine:
         """How the process ended; its socket closes a moment before it can be waited for."""
         for _ in range(50):
             if self._process.poll() is not None:
-                return f"the engine process ended with status {self._process.returncode}"
+                return f"the engine process {_end_of(self._process.returncode)}"
             await asyncio.sleep(0.01)
         return "the engine process closed its socket"
 
@@ -295,12 +347,14 @@ class NativeEngine:
         self._death.set_result(reason)
         error = EngineDied(reason)
         self._process.kill()
-        self._process.wait()
+        # In a thread: a process with much memory takes a while to go.
+        self._reaped = asyncio.get_running_loop().run_in_executor(None, self._process.wait)
         if not self._ready.done():
             self._ready.set_exception(error)
         self._ready.exception()  # marks it as seen: who asks later is told again
         for stream in self._streams.values():
             stream.fail(error)
+        self._streams.clear()
         for reply in self._loads.values():
             if not reply.done():
                 reply.set_exception(error)
@@ -308,20 +362,24 @@ class NativeEngine:
             self._writer.close()
 
 
-def _listen(path: Path) -> socket.socket:
-    """A socket that this user alone may connect to."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listen(listener: socket.socket, path: Path) -> None:
+    """Let this user alone connect."""
     listener.bind(str(path))  # in a directory of mode 0700: nobody can connect before the next line
     path.chmod(0o600)
     listener.listen(1)
     listener.setblocking(False)
-    return listener
 
 
-def _merged(first: TokenEvent, second: TokenEvent) -> TokenEvent:
+def _end_of(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def _merged(events: list[TokenEvent]) -> TokenEvent:
     return replace(
-        second,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        events[-1],
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        logprobs=tuple(entry for event in events for entry in event.logprobs),
+        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
     )

