@@ -143,8 +143,9 @@ class Loop:
 
 def run(path: str, load: Load) -> None:
     """Connect to the front-end's socket, load what it says, serve until it closes or is gone."""
-    # The terminal's Ctrl-C is the front-end's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Both are the front-end's to handle: a terminal and a service manager may send them to the whole group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(_connect(Path(path)))
     loop = Loop(channel)
     threading.Thread(target=_read, args=(channel, loop), daemon=True).start()

@@ -8,7 +8,7 @@ Errors are `grpc.RpcError`, with the server's status and details.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
@@ -291,15 +291,7 @@ def _logprob(place: pb.TokenLogprobs) -> Logprob:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        queue_s=usage.queue_s,
-        first_token_s=usage.first_token_s,
-        total_s=usage.total_s,
-        num_preemptions=usage.num_preemptions,
-    )
+    return Usage(**{field.name: getattr(usage, field.name) for field in fields(Usage)})
 
 
 def _health(channel: Any) -> Callable[..., Any]:

@@ -143,12 +143,5 @@ def _place(place: TokenLogprobs | None) -> pb.TokenLogprobs:
 
 
 def _usage(usage: Usage) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        queue_s=usage.queue_s,
-        first_token_s=usage.first_token_s,
-        total_s=usage.total_s,
-        num_preemptions=usage.num_preemptions,
-    )
+    names = pb.Usage.DESCRIPTOR.fields_by_name  # the two have the same names
+    return pb.Usage(**{name: getattr(usage, name) for name in names})

@@ -2,8 +2,6 @@
 
 from typing import Any, Protocol
 
-import numpy as np
-
 from vivace.kernels.buffer import Buffer, DType
 
 
@@ -18,12 +16,12 @@ class Memory(Protocol):
         """The first elements of a one-dimensional buffer, as `shape`; shares its memory."""
         ...
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Buffer:
-        """A host array on the device. May share memory with `array`, which must be contiguous."""
+    def upload(self, array: Any) -> Buffer:
+        """A NumPy array on the device. May share memory with `array`, which must be contiguous."""
         ...
 
-    def read(self, buffer: Buffer) -> np.ndarray[Any, Any]:
-        """A buffer's contents on the host; waits for the device. May share memory with the buffer."""
+    def read(self, buffer: Buffer) -> Any:
+        """A buffer's contents as a NumPy array; waits for the device. May share memory with the buffer."""
         ...
 
     def kv_cache(

@@ -1,7 +1,6 @@
-"""The engine in its own process, seen from the front-end: streams, refusals, and every way to die. A fake computes."""
+"""The engine's process: every way to die, who notices, and what is left behind."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -9,320 +8,32 @@ import stat
 import subprocess
 import sys
 import time
-from collections import Counter
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import uvloop
 
-from tests.engine.fake_engine import logprobs, prompt_logprobs
+from tests.engine.engine_process import (
+    FAKE,
+    WATCH,
+    collect,
+    is_alive,
+    is_reaped,
+    model,
+    pid_of,
+    request,
+    run,
+    running,
+    streaming,
+    tokens,
+    until,
+)
 from vivace.engine import wire
 from vivace.engine.config import Config
-from vivace.engine.errors import (
-    ArtifactError,
-    ConfigError,
-    EngineDied,
-    InvalidRequest,
-    Overloaded,
-)
-from vivace.engine.events import EngineRequest, FinishReason, Sampling
+from vivace.engine.errors import ArtifactError, EngineDied
 from vivace.engine.runtimes.native import NativeEngine, Watch, spawn
 
 ROOT = Path(__file__).parents[2]
-FAKE = (sys.executable, "-P", str(Path(__file__).parent / "fake_engine.py"))
-WATCH = Watch(ping_s=0.1, silence_s=1.0)
-GREEDY = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "seed": 0,
-    "min_tokens": 0,
-    "stop_token_ids": (),
-}
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path_factory, monkeypatch):
-    """Where sockets are made. Short: the path of a Unix socket has at most 107 bytes."""
-    directory = tmp_path_factory.mktemp("t")
-    monkeypatch.setattr("tempfile.tempdir", str(directory))
-    return directory
-
-
-def run(coroutine, seconds=30):
-    """Run on the server's kind of loop. Whatever a callback or a forgotten task raised is raised here."""
-    problems = []
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.get_loop().set_exception_handler(lambda _, context: problems.append(context))
-        result = runner.run(asyncio.wait_for(coroutine, seconds))
-    assert problems == []
-    return result
-
-
-def model(directory, name="model.json", **settings):
-    """The file that a fake engine takes for its model."""
-    path = directory / name
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return Config(model=path)
-
-
-@asynccontextmanager
-async def running(config, watch=WATCH, command=FAKE):
-    engine = await NativeEngine.start(
-        config, lambda done, total: None, child=spawn(command), watch=watch
-    )
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-def request(
-    id_, *, first=0, max_tokens=5, salt=b"", logprobs=None, prompt=None, prompt_logprobs=None
-):
-    sampling = Sampling(
-        **GREEDY, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs
-    )
-    return EngineRequest(id_, prompt or (first,), sampling, salt=salt)
-
-
-async def collect(engine, *args, **kwargs):
-    return [event async for event in engine.generate(request(*args, **kwargs))]
-
-
-def tokens(events):
-    return [token for event in events for token in event.token_ids]
-
-
-async def until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.01)
-
-
-async def until_running(engine, count):
-    for _ in range(500):
-        if (await engine.loads()).num_running == count:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"never {count} running")
-
-
-def pid_of(engine):
-    return engine._process.pid
-
-
-def is_alive(pid):
-    """A zombie does not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def is_reaped(pid):
-    return not Path(f"/proc/{pid}").exists()
-
-
-# ---- streams
-
-
-def test_a_stream_has_every_token_in_order_and_one_last_event(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            events = await collect(engine, "a", first=7, max_tokens=20)
-            assert tokens(events) == list(range(7, 27))
-            assert {event.request_id for event in events} == {"a"}
-            assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
-            assert events[-1].finish is FinishReason.LENGTH
-            assert events[-1].usage.completion_tokens == 20
-
-    run(main())
-
-
-def test_many_streams_get_their_own_tokens(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            calls = [collect(engine, f"r{i}", first=1000 * i, max_tokens=30) for i in range(64)]
-            for i, events in enumerate(await asyncio.gather(*calls)):
-                assert tokens(events) == list(range(1000 * i, 1000 * i + 30))
-
-    run(main())
-
-
-def test_a_stream_on_the_loop_of_the_standard_library(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            assert tokens(await collect(engine, "a", max_tokens=3)) == [0, 1, 2]
-
-    asyncio.run(main())
-
-
-def test_a_consumer_that_lags_gets_all_it_missed_in_one_event(tmp_path):
-    async def main():
-        async with running(model(tmp_path, step_s=0.001)) as engine:
-            sent = request("slow", prompt=(3, 4), max_tokens=40, logprobs=2, prompt_logprobs=1)
-            stream = engine.generate(sent)
-            async with aclosing(stream):
-                seen = [await anext(stream)]
-                await until_running(engine, 0)  # it is done, and nobody has read it
-                seen += [event async for event in stream]
-            assert len(seen) == 2
-            assert tokens(seen) == list(range(3, 43))
-            all_logprobs = [entry for event in seen for entry in event.logprobs]
-            assert all_logprobs == [logprobs(token, 2) for token in range(3, 43)]
-            assert seen[0].prompt_logprobs == prompt_logprobs(sent)
-            assert seen[1].prompt_logprobs == ()
-            assert seen[1].finish is FinishReason.LENGTH and seen[1].usage is not None
-
-    run(main())
-
-
-def test_a_slow_consumer_does_not_stop_the_others(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            stream = engine.generate(request("slow", max_tokens=10**6))
-            async with aclosing(stream):
-                await anext(stream)
-                assert len(tokens(await collect(engine, "fast", max_tokens=50))) == 50
-
-    run(main())
-
-
-def test_prompt_logprobs_of_many_frames_arrive_whole(tmp_path):
-    prompt = tuple(range(30_000))  # 10 MB of logprobs, through frames of at most 2 MB
-
-    async def main():
-        async with running(model(tmp_path, max_frame_bytes=2 << 20)) as engine:
-            sent = request("a", prompt=prompt, max_tokens=2, prompt_logprobs=20)
-            events = [event async for event in engine.generate(sent)]
-            assert events[0].prompt_logprobs == prompt_logprobs(sent)
-            assert tokens(events) == [0, 1]
-
-    run(main())
-
-
-# ---- ends before their time
-
-
-def test_abort_ends_a_stream_with_one_last_event(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            stream = engine.generate(request("a", max_tokens=10**6))
-            await anext(stream)
-            assert await engine.abort("a")
-            events = [event async for event in stream]
-            assert [e.finish for e in events if e.finish] == [FinishReason.ABORT]
-            assert not await engine.abort("a")
-            assert not await engine.abort("never heard of")
-
-    run(main())
-
-
-def test_closing_a_stream_frees_its_request_within_one_step(tmp_path):
-    log = tmp_path / "log"
-
-    async def main():
-        async with running(model(tmp_path, log=str(log), step_s=0.05)) as engine:
-            stream = engine.generate(request("a", max_tokens=10**6))
-            await anext(stream)
-            before = (await engine.loads()).num_steps
-            await stream.aclose()
-            await until_running(engine, 0)
-            [line] = log.read_text().splitlines()
-            word, id_, steps = line.split()
-            assert (word, id_) == ("abort", "a") and int(steps) <= before + 1
-
-    run(main())
-
-
-def test_cancelling_a_consumer_frees_its_request(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            task = asyncio.create_task(collect(engine, "a", max_tokens=10**6))
-            await until_running(engine, 1)
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-            await until_running(engine, 0)
-
-    run(main())
-
-
-def test_a_stream_that_ended_by_itself_is_not_aborted(tmp_path):
-    log = tmp_path / "log"
-
-    async def main():
-        async with running(model(tmp_path, log=str(log))) as engine:
-            await collect(engine, "a")
-            await engine.loads()
-        assert not log.exists()
-
-    run(main())
-
-
-def test_an_id_may_be_used_again_as_soon_as_its_stream_was_closed(tmp_path):
-    async def main():
-        async with running(model(tmp_path, step_s=0.02)) as engine:
-            for i in range(5):
-                stream = engine.generate(request("a", first=100 * i, max_tokens=10**6))
-                assert tokens([await anext(stream)]) == [100 * i]
-                await stream.aclose()
-            events = await collect(engine, "a", first=7, max_tokens=3)
-            assert tokens(events) == [7, 8, 9]
-            assert events[-1].finish is FinishReason.LENGTH
-
-    run(main())
-
-
-# ---- refusals
-
-
-def test_an_id_in_use_is_refused_and_its_stream_goes_on(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            stream = engine.generate(request("a", max_tokens=30))
-            seen = [await anext(stream)]
-            with pytest.raises(InvalidRequest, match="request_id 'a' is in use"):
-                await collect(engine, "a")
-            seen += [event async for event in stream]
-            assert tokens(seen) == list(range(30))
-
-    run(main())
-
-
-def test_what_the_engine_refuses_raises_its_error_before_any_event(tmp_path):
-    async def main():
-        async with running(model(tmp_path, most_requests=1)) as engine:
-            stream = engine.generate(request("a", max_tokens=10**6))
-            await anext(stream)
-            with pytest.raises(Overloaded, match="the queue is full"):
-                await collect(engine, "b")
-            with pytest.raises(InvalidRequest, match="top_p must be in"):
-                await collect(engine, "b", salt=b"invalid")
-            await stream.aclose()
-            await until_running(engine, 0)
-            assert len(tokens(await collect(engine, "b"))) == 5  # the id is free
-
-    run(main())
-
-
-def test_a_request_that_fits_no_frame_is_refused_and_harms_nothing(tmp_path, monkeypatch):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            await engine.info()
-            monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 2000)
-            with pytest.raises(ValueError, match=r"Add of .* bytes, at most 2000"):
-                await collect(engine, "a", prompt=(1,) * 3000)
-            assert len(tokens(await collect(engine, "a"))) == 5
-
-    run(main())
-
-
-# ---- death
 
 
 async def assert_dead(engine, pid, reason):
@@ -333,17 +44,6 @@ async def assert_dead(engine, pid, reason):
             await asyncio.wait_for(call, 1.0)
     assert not await engine.abort("a")
     await until(lambda: is_reaped(pid), 1.0)
-
-
-async def streaming(engine, count, salt=b""):
-    """So many endless streams that have begun."""
-    tasks = [
-        asyncio.create_task(collect(engine, f"s{i}", max_tokens=10**6, salt=salt))
-        for i in range(count)
-    ]
-    while (await engine.loads()).num_running < count:
-        await asyncio.sleep(0.01)
-    return tasks
 
 
 async def assert_all_died(tasks, reason):
@@ -479,75 +179,6 @@ def test_an_engine_that_talks_nonsense_is_dead(tmp_path, said):
     run(main())
 
 
-# ---- loading
-
-
-@pytest.mark.parametrize(
-    ("failure", "error", "message"),
-    [
-        ("config", ConfigError, "cpu.threads must be a whole number of at least 1, got 0"),
-        ("artifact", ArtifactError, "model.safetensors: tensor 'a' is missing"),
-        ("file", ArtifactError, "No such file or directory: 'config.json'"),
-    ],
-)
-def test_what_keeps_an_engine_from_loading_is_told(tmp_path, failure, error, message, capfd):
-    async def main():
-        async with running(model(tmp_path, failure=failure)) as engine:
-            for _ in range(2):
-                with pytest.raises(error, match=message.replace("[", r"\[")):
-                    await engine.info()
-            await engine.died()
-            for call in (engine.info(), collect(engine, "a"), engine.loads()):
-                with pytest.raises(error, match=message):
-                    await call
-            await until(lambda: is_reaped(pid_of(engine)), 1.0)
-
-    run(main())
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_bug_while_loading_is_death(tmp_path, capfd):
-    async def main():
-        async with running(model(tmp_path, failure="bug")) as engine:
-            with pytest.raises(EngineDied, match="ended with status 1"):
-                await engine.info()
-
-    run(main())
-    assert "RuntimeError: a bug while loading" in capfd.readouterr().err
-
-
-def test_progress_is_reported_while_loading(tmp_path):
-    seen = []
-
-    async def main():
-        engine = await NativeEngine.start(
-            model(tmp_path), lambda done, total: seen.append((done, total)), child=spawn(FAKE)
-        )
-        await engine.info()
-        await engine.close()
-
-    run(main())
-    assert seen == [(0, 10), (10, 10)]
-
-
-def test_a_bug_in_the_front_end_is_raised_by_close_and_nobody_waits_for_ever(tmp_path):
-    def broken(done, total):
-        raise ZeroDivisionError
-
-    async def main():
-        engine = await NativeEngine.start(model(tmp_path), broken, child=spawn(FAKE))
-        with pytest.raises(EngineDied):
-            await asyncio.wait_for(engine.info(), 5)
-        with pytest.raises(ZeroDivisionError):
-            await engine.close()
-        assert is_reaped(pid_of(engine))
-
-    run(main())
-
-
-# ---- the socket, and what is left behind
-
-
 def test_the_socket_is_private_and_gone_once_the_engine_has_connected(tmp_path, temporary):
     async def main():
         child = spawn(FAKE)
@@ -658,13 +289,11 @@ def test_the_terminals_interrupt_does_not_reach_the_engine(tmp_path):
     run(main())
 
 
-# ---- a front-end that dies
-
 FRONT_END = """
 import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.engine import test_process as t
+from tests.engine import engine_process as t
 
 async def main():
     child = t.spawn(t.FAKE)
@@ -703,9 +332,6 @@ def test_an_engine_is_gone_two_seconds_after_its_front_end(tmp_path, temporary, 
         assert not is_alive(pid)
         assert b"Traceback" not in front_end.stderr.read()
     assert list(temporary.iterdir()) == []
-
-
-# ---- the child alone
 
 
 def talk(directory, said):
@@ -747,9 +373,6 @@ def test_a_running_child_that_is_told_nonsense_exits(tmp_path, temporary):
     assert status == 1 and "bad frame" in words
 
 
-# ---- the real command
-
-
 def test_the_real_child_says_what_is_wrong_with_a_model(tmp_path, monkeypatch):
     (tmp_path / "queue.py").write_text("raise RuntimeError('the working folder was imported')")
     monkeypatch.chdir(tmp_path)  # nothing in it is ever run
@@ -772,23 +395,3 @@ def test_the_front_end_does_not_import_the_engine_itself():
         words, capture_output=True, text=True, check=True, cwd=ROOT / "src"
     ).stdout.split()
     assert not {"torch", "vivace.engine.core", "vivace.engine.process"} & set(modules)
-
-
-def test_exactly_one_last_event_each_whoever_aborts(tmp_path):
-    async def main():
-        async with running(model(tmp_path)) as engine:
-            tasks = [
-                asyncio.create_task(collect(engine, f"r{i}", max_tokens=1 + i % 20))
-                for i in range(100)
-            ]
-            for i in range(0, 100, 3):
-                await asyncio.sleep(0.001)
-                await engine.abort(f"r{i}")
-            finishes = Counter()
-            for events in await asyncio.gather(*tasks):
-                assert [event.finish is not None for event in events].count(True) == 1
-                finishes[events[-1].finish] += 1
-            assert finishes[FinishReason.LENGTH] >= 60
-            assert (await engine.loads()).num_running == 0
-
-    run(main())

@@ -195,6 +195,7 @@ def test_sigterm_drains():
     with serving() as server, Client(server.target) as client:
         call = client.generate(PROMPT, max_tokens=300, ignore_eos=True, temperature=0)
         next(call)
+        os.kill(server.engine_pid(), signal.SIGTERM)  # a service manager tells the whole group
         server.process.terminate()
         wait_until(lambda: client.health() != "SERVING")
         with pytest.raises(grpc.RpcError) as error:
