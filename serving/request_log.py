@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TextIO
 
 from vivace.engine.completion import TextEvent
@@ -23,15 +23,28 @@ class LogEntry:
     queue_ms: float = 0.0
     first_token_ms: float = 0.0
     total_ms: float = 0.0
+    started: float = field(default_factory=time.monotonic)
 
     def note(self, event: TextEvent) -> None:
-        """Count an event; the last one knows everything."""
+        """Count an event; the last one knows everything. Until then the first token's time is the front-end's."""
+        if event.token_ids and self.completion_tokens == 0:
+            self.first_token_ms = self._elapsed_ms()
         self.completion_tokens += len(event.token_ids)
         if event.usage is not None:
             self.cached_tokens = event.usage.cached_tokens
             self.completion_tokens = event.usage.completion_tokens
             self.queue_ms = round(event.usage.queue_s * 1e3, 3)
             self.first_token_ms = round(event.usage.first_token_s * 1e3, 3)
+
+    def line(self) -> str:
+        """The record, now that the request has ended."""
+        self.total_ms = self._elapsed_ms()
+        record = {"time": round(time.time(), 3), "event": "request", **asdict(self)}
+        del record["started"]
+        return json.dumps(record)
+
+    def _elapsed_ms(self) -> float:
+        return round((time.monotonic() - self.started) * 1e3, 3)
 
 
 class RequestLog:
@@ -40,8 +53,6 @@ class RequestLog:
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
 
-    def write(self, entry: LogEntry, *, started: float) -> None:
-        """One line; `started` is of `time.monotonic()`."""
-        entry.total_ms = round((time.monotonic() - started) * 1e3, 3)
-        record = {"time": round(time.time(), 3), "event": "request", **asdict(entry)}
-        print(json.dumps(record), file=self._out, flush=True)
+    def write(self, entry: LogEntry) -> None:
+        """One line."""
+        print(entry.line(), file=self._out, flush=True)

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError, EngineDied
+from vivace.engine.events import EngineInfo
 from vivace.engine.models.spec import read_generation_defaults
 from vivace.engine.runtimes.native import Child, NativeEngine
 from vivace.engine.tokenizer import Tokenizer
@@ -160,7 +161,7 @@ class Server:
         if defaults.ignored:
             names = ", ".join(defaults.ignored)
             print(f"vivace: generation_config.json: not applied: {names}", file=sys.stderr)
-        print(f"vivace: {info}", file=sys.stderr, flush=True)
+        print(f"vivace: {_summary(info)}", file=sys.stderr, flush=True)
         self._servicer.model = ServedModel(self._config.name, engine, info, tokenizer, defaults)
 
     async def _drain(self, died: "asyncio.Task[str]") -> int:
@@ -183,6 +184,16 @@ class Server:
         if self._stop.is_set():
             self._abort.set()
         self._stop.set()
+
+
+def _summary(info: EngineInfo) -> str:
+    """What is served and what the machine's plan made of it, in one line."""
+    return (
+        f"{info.architecture}, {info.num_parameters:,} parameters in {info.dtype}; "
+        f"{info.backend} backend, {info.threads} threads; context {info.max_context_tokens:,} tokens; "
+        f"KV cache {info.num_blocks:,} blocks of {info.block_tokens} tokens in {info.kv_dtype} "
+        f"({info.kv_bytes / 2**20:,.0f} MiB); loaded in {info.load_s:.2f} s"
+    )
 
 
 def _target(host: str, port: int) -> str:

@@ -141,7 +141,6 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         encode: "Encode",
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """One generation, from its protobuf to its log line."""
-        started = time.monotonic()
         request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
         is_good_id = REQUEST_ID.fullmatch(request_id) is not None
         entry = LogEntry(id=request_id if is_good_id else "(bad)", rpc=rpc)
@@ -167,7 +166,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             entry.code = "CANCELLED"
             raise
         finally:
-            self._log.write(entry, started=started)
+            self._log.write(entry)
 
     def _accept(self, request: convert.Request) -> ServedModel:
         if self.is_draining:
