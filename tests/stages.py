@@ -65,10 +65,11 @@ def package() -> None:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Raise RuntimeError unless the wheel holds all that lies in the folders, and one library."""
+    """Raise RuntimeError unless the wheel holds all that lies in the folders (but results), and one library."""
     names = set(zipfile.ZipFile(wheel).namelist())
     suffixes = (".py", ".pyi", ".json", ".proto")
     files = [path for folder in CODE for path in (ROOT / folder).rglob("*")]
+    files = [path for path in files if not path.is_relative_to(ROOT / "bench" / "results")]
     wanted = {f"vivace/{path.relative_to(ROOT)}" for path in files if path.suffix in suffixes}
     wanted |= {"vivace/__main__.py", "vivace/py.typed", "vivace/kernels/libvivace_cpu.so"}
     if "-py3-none-" not in wheel.name or not wanted <= names:
