@@ -61,7 +61,15 @@ class Tokenizer:
         return self._byte_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with the special tokens that the checkpoint puts around one, unless told not to."""
+        """Token ids of a text; with the special tokens that the checkpoint puts around one, unless told not to.
+
+        Raises InvalidRequest for half a surrogate pair, which is no text.
+        """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"prompt is no Unicode text: {error.reason}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

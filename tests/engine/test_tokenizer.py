@@ -200,3 +200,8 @@ def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path, content):
     with pytest.raises(ArtifactError, match=r"tokenizer\.json") as error:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+        Tokenizer.load(NORTHSTAR).encode("a\ud83d")
