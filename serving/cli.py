@@ -72,7 +72,12 @@ def _serve_parser() -> argparse.ArgumentParser:
         "--insecure", action="store_true", help="allow an address that the network can reach"
     )
     parser.add_argument("--name", help="the model's name to clients (default: the folder's)")
-    parser.add_argument("--backend", choices=("cpu", "reference"), default="cpu")
+    parser.add_argument(
+        "--backend",
+        choices=("cpu", "reference"),
+        default="cpu",
+        help="cpu: the C++ library; reference: plain torch, slow (default: %(default)s)",
+    )
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: all this process may use)"
     )

@@ -1,7 +1,6 @@
 """The server process: one port with the API, health and reflection in front of one engine. Starts, drains, gives up."""
 
 import asyncio
-import contextlib
 import ipaddress
 import signal
 import socket
@@ -13,8 +12,6 @@ import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError, EngineDied
@@ -22,6 +19,7 @@ from vivace.engine.events import EngineInfo
 from vivace.engine.models.spec import read_generation_defaults
 from vivace.engine.runtimes.native import Child, NativeEngine
 from vivace.engine.tokenizer import Tokenizer
+from vivace.serving import reflection
 from vivace.serving.boundary import Boundary
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
@@ -29,9 +27,8 @@ from vivace.serving.request_log import RequestLog
 from vivace.serving.servicer import InferenceServicer, ServedModel
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-END_STREAMS_S = 0.5  # for streams to end by themselves once the engine is gone
+END_STREAMS_S = 0.5  # for streams to tell their clients how they ended
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
     ("grpc.max_receive_message_length", 4 << 20),
@@ -111,7 +108,7 @@ class Server:
                 return await self._serve(engine, port)
             finally:
                 await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-                await server.stop(0)
+                await server.stop(0 if self._abort.is_set() else END_STREAMS_S)
         finally:
             await engine.close()
 
@@ -119,12 +116,13 @@ class Server:
         server = grpc.aio.server(options=OPTIONS, interceptors=(Boundary(SERVICE),))
         pb_grpc.add_InferenceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = (SERVICE, HEALTH, reflection.SERVICE_NAME, REFLECTION_V1)
-        reflecting = ReflectionServicer(services)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflecting, server)
-        server.add_generic_rpc_handlers((_reflection_v1(reflecting),))
+        reflection.add_to(server, (SERVICE, HEALTH))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        port = server.add_insecure_port(_target(self._config.host, self._config.port))
+        target = _target(self._config.host, self._config.port)
+        try:
+            port = server.add_insecure_port(target)
+        except RuntimeError as error:  # taken since `check_address` looked
+            raise ConfigError(f"cannot listen on {target}") from error
         await server.start()
         return server, port
 
@@ -145,8 +143,6 @@ class Server:
             self._servicer.is_draining = True
             if not died.done():
                 return await self._drain(died)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._servicer.wait_idle(), END_STREAMS_S)
             raise EngineDied(died.result())
         finally:
             for task in (stopped, died, ready):
@@ -198,13 +194,3 @@ def _summary(info: EngineInfo) -> str:
 
 def _target(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _reflection_v1(servicer: ReflectionServicer) -> grpc.GenericRpcHandler:
-    """Version 1 of reflection: the messages of v1alpha under another name."""
-    method = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})

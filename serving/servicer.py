@@ -32,6 +32,7 @@ from vivace.serving.status import (
 )
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes into log lines: no line ends, no escapes
+DEADLINE_SLACK_S = 0.05  # a client hangs up at its deadline, by its own clock
 LONG_TEXT_CHARS = 4096  # longer ones are tokenized beside the loop, which has others to serve
 
 
@@ -163,7 +164,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             asyncio.CancelledError,
             GeneratorExit,
         ):  # the client hung up, or its deadline passed
-            entry.code = "CANCELLED"
+            entry.code = _why_ended(context)
             raise
         finally:
             self._log.write(entry)
@@ -241,6 +242,13 @@ async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) 
     if len(text) < LONG_TEXT_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _why_ended(context: grpc.aio.ServicerContext) -> str:
+    """The status that the client sees of a call that gRPC ended from under us."""
+    remaining = context.time_remaining()
+    is_late = remaining is not None and remaining < DEADLINE_SLACK_S
+    return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
 
 
 def _checked(event: TextEvent, entry: LogEntry) -> TextEvent:

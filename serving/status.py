@@ -7,6 +7,7 @@ import grpc
 from vivace.engine.errors import EngineError
 
 RETRY_MS = 250  # what a refused client is told to wait: a few steps of a busy engine
+MAX_DETAILS_CHARS = 512  # details travel as a header, and clients refuse headers over 16 KiB: this is 12 a character
 
 
 class NotFound(EngineError):
@@ -62,5 +63,12 @@ def status_of(error: EngineError) -> grpc.StatusCode:
 async def abort(context: grpc.aio.ServicerContext, error: EngineError) -> NoReturn:
     """End the call with the error's status, and with a time to wait where a retry may help."""
     trailers = (("grpc-retry-pushback-ms", str(RETRY_MS)),) if error.code in RETRIABLE else ()
-    await context.abort(status_of(error), str(error), trailers)
+    await context.abort(status_of(error), _shortened(str(error)), trailers)
     raise AssertionError("abort returns never")
+
+
+def _shortened(details: str) -> str:
+    """Values come from the caller, who may have sent megabytes of them. The field's name stands in front."""
+    if len(details) <= MAX_DETAILS_CHARS:
+        return details
+    return f"{details[:MAX_DETAILS_CHARS]}... ({len(details)} characters)"

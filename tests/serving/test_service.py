@@ -96,12 +96,20 @@ def test_a_field_that_is_not_served_ends_unimplemented_by_name(stub, kind, path,
     assert field.name in details
 
 
-def test_content_parts_and_tool_calls_of_a_message_end_unimplemented(stub):
-    for field in ("content_parts", "tool_calls"):
-        message = pb.ChatMessage(role="user", content="x")
-        getattr(message, field).add()
-        code, details = refusal(stub.Chat(pb.ChatRequest(messages=[message])))
-        assert (code, field in details) == (grpc.StatusCode.UNIMPLEMENTED, True)
+@pytest.mark.parametrize(
+    "field",
+    [
+        field
+        for field in pb.ChatMessage.DESCRIPTOR.fields
+        if field.name not in convert.SERVED["ChatMessage"]
+    ],
+    ids=lambda field: field.name,
+)
+def test_a_field_of_a_message_that_is_not_served_ends_unimplemented_by_name(stub, field):
+    message = pb.ChatMessage(role="user", content="x")
+    fill(message, field)
+    code, details = refusal(stub.Chat(pb.ChatRequest(messages=[message])))
+    assert (code, f"messages.{field.name}" in details) == (grpc.StatusCode.UNIMPLEMENTED, True)
 
 
 def test_unset_differs_from_zero(stub):
@@ -133,12 +141,33 @@ def test_unset_differs_from_zero(stub):
             "min_p",
         ),
         (pb.GenerateRequest(text="x", response=pb.ResponseOptions(logprobs=10**9)), "logprobs"),
+        (pb.GenerateRequest(text="x", sampling=pb.SamplingParams(top_k=2**40)), f"{2**40}"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(stub, request_, words):
     code, details = refusal(stub.Generate(request_))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert words in details and "/" not in details.replace("/4", "")
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"allowed_token_ids": range(50_000)}, "allowed_token_ids"),
+        ({"bad_words": ["😀" * 50_000]}, "bad_words"),
+        ({"model": "m" * 100_000}, "model"),
+        ({"request_id": "i" * 100_000}, "request_id"),
+    ],
+)
+def test_a_huge_value_is_refused_in_few_words(client, params, name):
+    """Details travel as a header: one too long would hide the status behind another."""
+    code, details = refusal(client.generate("x", **params))
+    assert code in (
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.INVALID_ARGUMENT,
+    )
+    assert name in details and len(details) < 1000
 
 
 def test_a_chat_without_messages_is_refused(stub):
@@ -188,15 +217,21 @@ def test_the_log_says_how_each_request_ended(server, client):
     call = client.generate(PROMPT, max_tokens=1900, ignore_eos=True, request_id="log-gone")
     next(call)
     call.close()
+    refusal(
+        client.generate(
+            PROMPT, max_tokens=1900, ignore_eos=True, request_id="log-late", timeout=0.3
+        )
+    )
 
     def records():
         lines = [line for line in server.errors if '"event": "request"' in line]
         return {one["id"]: one for one in map(json.loads, lines)}
 
-    wait_until(lambda: {"log-bad", "log-good", "log-gone"} <= set(records()))
+    wait_until(lambda: {"log-bad", "log-good", "log-gone", "log-late"} <= set(records()))
     found = records()
     assert found["log-bad"]["code"] == "INVALID_ARGUMENT"
     assert found["log-gone"]["code"] == "CANCELLED"
+    assert found["log-late"]["code"] == "DEADLINE_EXCEEDED"
     good = found["log-good"]
     assert (good["code"], good["reason"], good["completion_tokens"]) == ("OK", "length", 3)
     assert good["prompt_tokens"] > 0 and good["total_ms"] >= good["first_token_ms"] > 0
@@ -219,7 +254,7 @@ def test_health_can_be_watched_from_the_start_to_the_end():
 
 def test_health_answers_while_the_engine_computes(server, client, channel):
     stub = health_pb2_grpc.HealthStub(channel)
-    calls = [client.generate({"prompt_token_ids": [7 + i] * 1800}, max_tokens=2) for i in range(4)]
+    calls = [client.generate({"prompt_token_ids": [7 + i] * 1200}, max_tokens=2) for i in range(3)]
     threads = [threading.Thread(target=list, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
@@ -230,7 +265,7 @@ def test_health_answers_while_the_engine_computes(server, client, channel):
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_reflection_lists_the_services_and_gives_the_proto(channel, version):
+def test_reflection_lists_the_services_and_describes_them(channel, version):
     if version == "v1alpha":
         method = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
     else:
@@ -239,19 +274,22 @@ def test_reflection_lists_the_services_and_gives_the_proto(channel, version):
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
-    requests = [
-        reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol="vivace.v1.Inference"),
-    ]
-    listed, found = list(method(iter(requests)))
-    assert {service.name for service in listed.list_services_response.service} >= {
+    ask = reflection_pb2.ServerReflectionRequest
+    [listed] = method(iter([ask(list_services="")]))
+    names = [service.name for service in listed.list_services_response.service]
+    assert set(names) == {
         "vivace.v1.Inference",
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
     }
     pool = descriptor_pool.DescriptorPool()
-    for proto in found.file_descriptor_response.file_descriptor_proto:
-        pool.AddSerializedFile(proto)
-    assert "Chat" in pool.FindServiceByName("vivace.v1.Inference").methods_by_name
+    for found in method(iter([ask(file_containing_symbol=name) for name in names])):
+        for proto in found.file_descriptor_response.file_descriptor_proto:
+            pool.AddSerializedFile(proto)
+    methods = {name: set(pool.FindServiceByName(name).methods_by_name) for name in names}
+    assert "Chat" in methods["vivace.v1.Inference"]
+    assert methods[f"grpc.reflection.{version}.ServerReflection"] == {"ServerReflectionInfo"}
 
 
 def test_regenerating_the_code_changes_nothing(tmp_path):

@@ -86,7 +86,7 @@ class ToolChoice(_message.Message):
     def __init__(self, auto: _Optional[bool] = ..., none: _Optional[bool] = ..., required: _Optional[bool] = ..., name: _Optional[str] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("request_id", "model", "messages", "sampling", "response", "options", "tools", "tool_choice", "continue_final_message", "add_generation_prompt", "template_variables", "parallel_tool_calls", "reasoning_budget_tokens")
+    __slots__ = ("request_id", "model", "messages", "sampling", "response", "options", "tools", "tool_choice", "continue_final_message", "add_generation_prompt", "template_variables", "parallel_tool_calls", "reasoning_budget_tokens", "separate_reasoning")
     class TemplateVariablesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class ChatRequest(_message.Message):
     TEMPLATE_VARIABLES_FIELD_NUMBER: _ClassVar[int]
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     REASONING_BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEPARATE_REASONING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
@@ -120,10 +121,11 @@ class ChatRequest(_message.Message):
     template_variables: _containers.ScalarMap[str, str]
     parallel_tool_calls: bool
     reasoning_budget_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., options: _Optional[_Union[RequestOptions, _Mapping]] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., continue_final_message: _Optional[bool] = ..., add_generation_prompt: _Optional[bool] = ..., template_variables: _Optional[_Mapping[str, str]] = ..., parallel_tool_calls: _Optional[bool] = ..., reasoning_budget_tokens: _Optional[int] = ...) -> None: ...
+    separate_reasoning: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., options: _Optional[_Union[RequestOptions, _Mapping]] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., continue_final_message: _Optional[bool] = ..., add_generation_prompt: _Optional[bool] = ..., template_variables: _Optional[_Mapping[str, str]] = ..., parallel_tool_calls: _Optional[bool] = ..., reasoning_budget_tokens: _Optional[int] = ..., separate_reasoning: _Optional[bool] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "bad_token_ids", "repeat_last_tokens", "no_repeat_ngram_size", "typical_p", "top_n_sigma", "stop_regex", "max_time_ms", "length_penalty", "beam_width")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "bad_token_ids", "repeat_last_tokens", "no_repeat_ngram_size", "typical_p", "top_n_sigma", "stop_regex", "max_time_ms", "length_penalty", "beam_width", "early_stopping", "repetition_detection")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +160,8 @@ class SamplingParams(_message.Message):
     MAX_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_DETECTION_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -185,10 +189,22 @@ class SamplingParams(_message.Message):
     max_time_ms: int
     length_penalty: float
     beam_width: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., n: _Optional[int] = ..., best_of: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., bad_token_ids: _Optional[_Iterable[int]] = ..., repeat_last_tokens: _Optional[int] = ..., no_repeat_ngram_size: _Optional[int] = ..., typical_p: _Optional[float] = ..., top_n_sigma: _Optional[float] = ..., stop_regex: _Optional[_Iterable[str]] = ..., max_time_ms: _Optional[int] = ..., length_penalty: _Optional[float] = ..., beam_width: _Optional[int] = ...) -> None: ...
+    early_stopping: bool
+    repetition_detection: RepetitionDetection
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., n: _Optional[int] = ..., best_of: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., bad_token_ids: _Optional[_Iterable[int]] = ..., repeat_last_tokens: _Optional[int] = ..., no_repeat_ngram_size: _Optional[int] = ..., typical_p: _Optional[float] = ..., top_n_sigma: _Optional[float] = ..., stop_regex: _Optional[_Iterable[str]] = ..., max_time_ms: _Optional[int] = ..., length_penalty: _Optional[float] = ..., beam_width: _Optional[int] = ..., early_stopping: _Optional[bool] = ..., repetition_detection: _Optional[_Union[RepetitionDetection, _Mapping]] = ...) -> None: ...
+
+class RepetitionDetection(_message.Message):
+    __slots__ = ("min_pattern_tokens", "max_pattern_tokens", "min_count")
+    MIN_PATTERN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PATTERN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    min_pattern_tokens: int
+    max_pattern_tokens: int
+    min_count: int
+    def __init__(self, min_pattern_tokens: _Optional[int] = ..., max_pattern_tokens: _Optional[int] = ..., min_count: _Optional[int] = ...) -> None: ...
 
 class ResponseOptions(_message.Message):
-    __slots__ = ("logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "echo", "logprob_token_ids", "spaces_between_special_tokens", "stream_interval_tokens", "return_hidden_states")
+    __slots__ = ("logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "echo", "logprob_token_ids", "spaces_between_special_tokens", "stream_interval_tokens", "return_hidden_states", "prompt_logprobs_start", "return_prompt_token_ids", "return_text", "return_token_ids")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +214,10 @@ class ResponseOptions(_message.Message):
     SPACES_BETWEEN_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STREAM_INTERVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RETURN_HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_START_FIELD_NUMBER: _ClassVar[int]
+    RETURN_PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TEXT_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     logprobs: int
     prompt_logprobs: int
     include_stop_str_in_output: bool
@@ -207,10 +227,14 @@ class ResponseOptions(_message.Message):
     spaces_between_special_tokens: bool
     stream_interval_tokens: int
     return_hidden_states: bool
-    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., echo: _Optional[bool] = ..., logprob_token_ids: _Optional[_Iterable[int]] = ..., spaces_between_special_tokens: _Optional[bool] = ..., stream_interval_tokens: _Optional[int] = ..., return_hidden_states: _Optional[bool] = ...) -> None: ...
+    prompt_logprobs_start: int
+    return_prompt_token_ids: bool
+    return_text: bool
+    return_token_ids: bool
+    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., echo: _Optional[bool] = ..., logprob_token_ids: _Optional[_Iterable[int]] = ..., spaces_between_special_tokens: _Optional[bool] = ..., stream_interval_tokens: _Optional[int] = ..., return_hidden_states: _Optional[bool] = ..., prompt_logprobs_start: _Optional[int] = ..., return_prompt_token_ids: _Optional[bool] = ..., return_text: _Optional[bool] = ..., return_token_ids: _Optional[bool] = ...) -> None: ...
 
 class RequestOptions(_message.Message):
-    __slots__ = ("cache_salt", "priority", "qos", "sparse", "constraint", "lora", "session", "truncate_prompt_tokens", "skip_reading_prefix_cache", "data_parallel_rank")
+    __slots__ = ("cache_salt", "priority", "qos", "sparse", "constraint", "lora", "session", "truncate_prompt_tokens", "skip_reading_prefix_cache", "data_parallel_rank", "routing_key", "kv_transfer_params_json")
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QOS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +245,8 @@ class RequestOptions(_message.Message):
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SKIP_READING_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     DATA_PARALLEL_RANK_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFER_PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
     cache_salt: str
     priority: int
     qos: Qos
@@ -231,7 +257,9 @@ class RequestOptions(_message.Message):
     truncate_prompt_tokens: int
     skip_reading_prefix_cache: bool
     data_parallel_rank: int
-    def __init__(self, cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., qos: _Optional[_Union[Qos, _Mapping]] = ..., sparse: _Optional[_Union[Sparse, _Mapping]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ..., truncate_prompt_tokens: _Optional[int] = ..., skip_reading_prefix_cache: _Optional[bool] = ..., data_parallel_rank: _Optional[int] = ...) -> None: ...
+    routing_key: str
+    kv_transfer_params_json: str
+    def __init__(self, cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., qos: _Optional[_Union[Qos, _Mapping]] = ..., sparse: _Optional[_Union[Sparse, _Mapping]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ..., truncate_prompt_tokens: _Optional[int] = ..., skip_reading_prefix_cache: _Optional[bool] = ..., data_parallel_rank: _Optional[int] = ..., routing_key: _Optional[str] = ..., kv_transfer_params_json: _Optional[str] = ...) -> None: ...
 
 class Qos(_message.Message):
     __slots__ = ("tenant", "weight", "tier", "ttft_slo_ms", "itl_slo_ms", "deadline_ms", "max_queue_ms", "on_deadline", "estimated_output_tokens")
@@ -276,20 +304,22 @@ class Sparse(_message.Message):
     def __init__(self, budget_tokens: _Optional[int] = ..., min_context_tokens: _Optional[int] = ..., layers_dense: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Constraint(_message.Message):
-    __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf", "structural_tag")
+    __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf", "structural_tag", "from_first_token")
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     EBNF_FIELD_NUMBER: _ClassVar[int]
     STRUCTURAL_TAG_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     json_schema: str
     json_object: bool
     regex: str
     choice: Choices
     ebnf: str
     structural_tag: str
-    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., ebnf: _Optional[str] = ..., structural_tag: _Optional[str] = ...) -> None: ...
+    from_first_token: bool
+    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., ebnf: _Optional[str] = ..., structural_tag: _Optional[str] = ..., from_first_token: _Optional[bool] = ...) -> None: ...
 
 class Choices(_message.Message):
     __slots__ = ("choices",)

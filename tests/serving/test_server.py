@@ -1,0 +1,119 @@
+"""The server before it is ready and when it is full; what a handler sees of a client that has left."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.serving.server_process import CHAT, MODEL, PROMPT, serving, wait_until
+from vivace.serving.boundary import Boundary
+from vivace.serving.client import Client
+from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
+from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
+
+LOADS_FOR_EVER = f"""
+    import sys
+    from pathlib import Path
+    from vivace.engine.config import Config
+    from vivace.engine.runtimes.native import spawn
+    from vivace.serving.server import ServerConfig, run
+
+    child = spawn((sys.executable, "-c", "import time; time.sleep(60)"))
+    config = ServerConfig("127.0.0.1", int(sys.argv[1]), "slow")
+    sys.exit(run(config, Config(model=Path({str(MODEL)!r})), child, on_progress=print))
+"""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_a_server_that_loads_is_not_serving_refuses_calls_and_can_be_stopped():
+    port = free_port()
+    script = textwrap.dedent(LOADS_FOR_EVER)
+    process = subprocess.Popen([sys.executable, "-c", script, str(port)])
+    try:
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            Client(f"127.0.0.1:{port}") as client,
+        ):
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service in ("", "vivace.v1.Inference"):
+                request = health_pb2.HealthCheckRequest(service=service)
+                status = stub.Check(request, timeout=10, wait_for_ready=True).status
+                assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+            for call in (lambda: list(client.chat(CHAT)), client.loads, client.model_info):
+                with pytest.raises(grpc.RpcError) as error:
+                    call()
+                assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "loading" in error.value.details()
+            process.terminate()
+            assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_full_server_refuses_with_a_time_to_wait_and_serves_those_it_took():
+    with (
+        serving("--max-running", "1", "--max-waiting", "2") as server,
+        Client(server.target) as client,
+    ):
+        running = client.generate(PROMPT, max_tokens=400, ignore_eos=True)
+        next(running)
+        waiting = [client.generate(PROMPT, max_tokens=2, ignore_eos=True) for _ in range(2)]
+        wait_until(lambda: client.loads().num_waiting == 2)
+        refused = client.generate(PROMPT)
+        with pytest.raises(grpc.RpcError) as error:
+            next(refused)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(error.value.trailing_metadata())
+        assert int(trailers["grpc-retry-pushback-ms"]) > 0
+        for call in (running, *waiting):
+            assert list(call)[-1].finish_reason == "length"
+
+
+def test_ctrl_c_drains_too():
+    with serving() as server, Client(server.target) as client:
+        call = client.generate(PROMPT, max_tokens=100, ignore_eos=True)
+        next(call)
+        server.process.send_signal(signal.SIGINT)
+        assert list(call)[-1].finish_reason == "length"
+        code, errors = server.wait(10)
+        assert code == 0 and "Traceback" not in errors
+
+
+def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
+    """Behind the real boundary: gRPC holds the response that nobody reads, and the handler waits inside it."""
+    ended = asyncio.Event()
+
+    class Endless(pb_grpc.InferenceServicer):
+        async def Generate(self, request, context):
+            try:
+                while True:
+                    yield pb.GenerateResponse(text="x" * 100_000)
+            finally:
+                ended.set()
+
+    async def run():
+        server = grpc.aio.server(interceptors=(Boundary("vivace.v1.Inference"),))
+        pb_grpc.add_InferenceServicer_to_server(Endless(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = pb_grpc.InferenceStub(channel).Generate(pb.GenerateRequest())
+            await call.read()
+            await asyncio.sleep(0.3)
+            assert not ended.is_set()
+            call.cancel()
+            await asyncio.wait_for(ended.wait(), 2)
+        await server.stop(0)
+
+    asyncio.run(run())
