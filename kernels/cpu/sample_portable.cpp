@@ -148,6 +148,7 @@ void logprob_rows(const void* args, int64_t begin, int64_t end) {
         const bool after = last < 0 || logits[v] < logits[last] || (logits[v] == logits[last] && v > last);
         if (after && (best < 0 || logits[v] > logits[best])) best = v;
       }
+      if (best < 0) best = 0;  // nothing but NaN is left: any id will do, so long as it is one
       a.top_ids[r * a.K + k] = int32_t(best);
       a.top_logprobs[r * a.K + k] = float(double(logits[best]) - log_sum);
     }

@@ -240,3 +240,20 @@ def test_logprobs(backend, K):
     assert ranks.tolist() == [1 + int((logits[r] > logits[r, tokens[r]]).sum()) for r in rows]
     assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :K])
     close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
+
+
+def test_rows_of_nan_give_some_token_and_touch_no_other_memory():
+    """A broken model's logits: what comes out means nothing, but ids stay in the vocabulary."""
+    ops = ops_of(Backend.CPU)
+    logits = np.full((2, 8), np.nan, np.float32)
+    for settings in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
+        tokens, _ = sample(ops, logits, **settings)
+        assert ((tokens >= 0) & (tokens < 8)).all()
+    outs = [
+        out(ops, 2),
+        out(ops, 2, dtype=np.int32),
+        out(ops, 2, 3, dtype=np.int32),
+        out(ops, 2, 3),
+    ]
+    _, _, ids, _ = run(ops, "logprobs", outs, logits, np.int32([0, 1]))
+    assert ((ids >= 0) & (ids < 8)).all()
