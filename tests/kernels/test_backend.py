@@ -102,6 +102,13 @@ def test_a_library_that_is_not_there_says_how_to_build_it(tmp_path):
         Library(threads=1, path=tmp_path / "gone.so")
 
 
+def test_the_reference_backend_without_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "vivace.kernels.memory.reference", raising=False)
+    with pytest.raises(ImportError, match=r"torch.*install vivace\[gpu\]"):
+        load(Backend.REFERENCE)
+
+
 def test_a_library_of_another_abi_is_refused(tmp_path):
     source, path = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int vivace_abi(void) { return 99; }\n")

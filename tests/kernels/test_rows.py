@@ -111,9 +111,13 @@ def test_no_row_depends_on_its_neighbours_or_the_threads(threads):
     x, w, weight = normal(rng, 70, 45), normal(rng, 33, 45), normal(rng, 45)
     [linear] = run(many, "linear", [out(many, 70, 33)], x, w)
     [normed] = run(many, "rmsnorm", [out(many, 70, 45)], x, weight, eps=EPS)
+    gate_up = normal(rng, 70, 90)
+    [gated] = run(many, "silu_mul", [out(many, 70, 45)], gate_up)
     for start, end in ((0, 1), (13, 14), (3, 10), (63, 66), (69, 70), (5, 68)):
         count = end - start
         [part] = run(alone, "linear", [out(alone, count, 33)], x[start:end], w)
         assert np.array_equal(part, linear[start:end])
         [part] = run(alone, "rmsnorm", [out(alone, count, 45)], x[start:end], weight, eps=EPS)
         assert np.array_equal(part, normed[start:end])
+        [part] = run(alone, "silu_mul", [out(alone, count, 45)], gate_up[start:end])
+        assert np.array_equal(part, gated[start:end])

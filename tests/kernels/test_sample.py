@@ -106,9 +106,20 @@ def test_top_p_keeps_the_shortest_run_that_reaches_p(backend, p, want):
 
 
 @each_backend
-def test_top_p_keeps_of_equals_the_lower_ids(backend):
-    _, scores = sample(ops_of(backend), np.zeros(8), top_p=0.3)
-    assert allowed(scores) == [[0, 1, 2]]
+@pytest.mark.parametrize(("p", "count"), [(0.1, 1), (0.125, 1), (0.3, 3), (0.5, 4), (0.875, 7)])
+def test_top_p_keeps_of_equals_the_lower_ids(backend, p, count):
+    """Eighths add up exactly, so a p that they reach exactly needs not one more."""
+    _, scores = sample(ops_of(backend), np.zeros(8), top_p=p)
+    assert allowed(scores) == [list(range(count))]
+
+
+@each_backend
+@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_forbidden_token_is_never_kept(backend, settings):
+    """Even where the filter would keep more tokens than are left."""
+    bias = [(0, token, -np.inf) for token in (0, 1, 4)]
+    tokens, scores = sample(ops_of(backend), np.zeros(5), bias=bias, **settings)
+    assert allowed(scores) == [[2, 3]] and tokens[0] in (2, 3)
 
 
 @each_backend
@@ -172,15 +183,16 @@ def test_draws_follow_the_probabilities(backend):
     assert chi_square < 16.3  # 0.1 % of the time with 3 degrees of freedom; the seeds are fixed
 
 
-def test_both_backends_draw_the_same_tokens():
+@pytest.mark.parametrize(("R", "V"), [(4000, 64), (40, 20_000)])
+def test_both_backends_draw_the_same_tokens_from_the_same_scores(R, V):
     rng = np.random.default_rng(3)
-    logits = (2 * rng.standard_normal((4000, 64))).astype(np.float32)
-    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02}
+    logits = (2 * rng.standard_normal((R, V))).astype(np.float32)
+    settings = {"temperature": 0.8, "top_k": V // 3, "top_p": 0.9, "min_p": 0.001}
     ours, theirs = (
-        sample(ops_of(one, 2 if one is Backend.CPU else 1), logits, **settings)[0]
-        for one in BACKENDS
+        sample(ops_of(one, 2 if one is Backend.CPU else 1), logits, **settings) for one in BACKENDS
     )
-    assert (ours == theirs).mean() > 0.999  # up to near-ties
+    assert np.array_equal(ours[0], theirs[0])
+    assert allowed(ours[1]) == allowed(theirs[1])
 
 
 def test_neighbours_and_threads_change_no_draw():
