@@ -5,11 +5,12 @@ Refuses, before a weight is read, what cannot fit.
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
-from vivace.engine.models.program import Kind, Program, Symbol, Value
+from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of
 from vivace.engine.models.spec import ModelSpec
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
@@ -71,10 +72,12 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
     }
-    weight_bytes = FP32_BYTES * sum(_count(value) for value in weights_of(program))
+    weight_bytes = FP32_BYTES * num_parameters(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
     block_bytes = kv_token_bytes(spec) * block_tokens
-    kv_bytes = _kv_bytes(config, machine, block_bytes * most[Symbol.X])
+    kv_bytes = config.cache.memory_bytes
+    if kv_bytes is None:
+        kv_bytes = min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4)
     needed = weight_bytes + work_bytes + kv_bytes
     if needed > machine.free_bytes:
         raise ConfigError(
@@ -100,15 +103,10 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     )
 
 
-def weights_of(program: Program) -> list[Value]:
-    """The weights of a program, each once, in the order of their first use."""
-    values = (value for call in program.calls for value in call.ins)
-    return list(dict.fromkeys(value for value in values if value.kind is Kind.WEIGHT))
-
-
 def num_parameters(program: Program) -> int:
     """Numbers in the weights; tied ones count once."""
-    return sum(_count(value) for value in weights_of(program))
+    weights = (value for value in values_of(program) if value.kind is Kind.WEIGHT)
+    return sum(prod(sized(value.shape, {})) for value in weights)
 
 
 def kv_token_bytes(spec: ModelSpec) -> int:
@@ -117,21 +115,6 @@ def kv_token_bytes(spec: ModelSpec) -> int:
         2 * FP32_BYTES * layer.attention.num_kv_heads * layer.attention.head_dim
         for layer in spec.layers
     )
-
-
-def _kv_bytes(config: Config, machine: Machine, request_bytes: int) -> int:
-    if config.cache.memory_bytes is not None:
-        return config.cache.memory_bytes
-    all_requests = request_bytes * config.scheduler.max_running  # more could never be held
-    return min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4, all_requests)
-
-
-def _count(value: Value) -> int:
-    count = 1
-    for size in value.shape:
-        assert isinstance(size, int)  # weights have no symbol in their shape
-        count *= size
-    return count
 
 
 def _mib(num_bytes: int) -> str:
