@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vivace.engine.errors import ArtifactError, ConfigError
+from vivace.engine.errors import ArtifactError, EngineError
 
 TARGET = "127.0.0.1:50051"
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -20,6 +20,12 @@ SAMPLING = {  # flag -> (type, help)
     "min-p": (float, "drop tokens under this share of the best one's probability"),
     "seed": (int, "the same seed gives the same text"),
 }
+
+
+class RequestFailed(EngineError):
+    """The server's refusal of a request, in its words."""
+
+    code = "request_failed"
 
 
 def main(command: str, argv: list[str]) -> int:
@@ -134,12 +140,19 @@ def _chat(argv: list[str]) -> int:
     messages: list[dict[str, str]] = []
     if args.system is not None:
         messages.append({"role": "system", "content": _text_or_file(args.system)})
+    status = 0
     with Client(args.target) as client:
         while (line := _ask()) is not None:
-            messages.append({"role": "user", "content": line})
-            reply = _print_stream(client.chat(messages, **_sampling(args)))
-            messages.append({"role": "assistant", "content": reply})
-    return 0
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                reply = _print_stream(client.chat(asked, **_sampling(args)))
+            except RequestFailed as error:  # what was said before is not lost
+                print(f"vivace: error: {error}", file=sys.stderr)
+                status = 1
+            else:
+                messages = [*asked, {"role": "assistant", "content": reply}]
+                status = 0
+    return status
 
 
 def _ask() -> str | None:
@@ -155,7 +168,7 @@ def _ask() -> str | None:
 
 
 def _print_stream(stream: Any) -> str:
-    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown; an error has the server's words."""
+    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown. Raises RequestFailed."""
     import grpc
 
     shown = ""
@@ -167,7 +180,7 @@ def _print_stream(stream: Any) -> str:
         stream.close()
         print(" [cancelled]", end="")
     except grpc.RpcError as error:
-        raise ConfigError(f"{error.code().name}: {error.details()}") from error
+        raise RequestFailed(f"{error.code().name}: {error.details()}") from error
     finally:
         print(flush=True)
     return shown

@@ -55,6 +55,12 @@ def test_no_server_is_one_line():
     assert done.stderr.count("\n") == 1 and "UNAVAILABLE" in done.stderr
 
 
+def test_a_refused_message_does_not_end_the_chat(server):
+    done = run("chat", "--temperature", "9", "--target", server.target, input="one\ntwo\n")
+    assert done.returncode == 1
+    assert done.stderr.count("vivace: error: INVALID_ARGUMENT: temperature") == 2
+
+
 def test_a_chat_remembers_what_was_said(server, client):
     first = {"role": "user", "content": "How long does delivery take?"}
     second = {"role": "user", "content": "And a refund?"}
