@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
+from vivace.kernels.attention import SPLIT_TOKENS
 from vivace.kernels.backend import Backend
 from vivace.kernels.buffer import DType
 
@@ -144,6 +145,18 @@ def test_neighbours_threads_and_block_numbers_change_no_bit(threads):
     slots = moved.tables[0, np.arange(290) // S] * S + np.arange(290) % S
     moved.write(alone.k[0], alone.v[0], slots)
     assert np.array_equal(moved.attend(more, (2, 5, 15))[:2], want)
+
+
+def test_splits_are_of_256_positions_counted_from_0():
+    """One value of 2^24 swallows the ones that are added to it in fp32: those of its own split, and no others."""
+    paged = Paged(ops_of(Backend.CPU), (600,), G=1, D=8)
+    v = np.ones((600, 1, 8), np.float32)
+    v[0] = 2**24
+    slots = paged.tables[0, np.arange(600) // S] * S + np.arange(600) % S
+    paged.write(paged.k[0], v, slots)
+    nothing = np.zeros((1, 1, 8), np.float32)  # every position weighs the same
+    want = np.float32(2**24 + (600 - SPLIT_TOKENS)) / np.float32(600)
+    assert (paged.attend(nothing, (1,)) == want).all()
 
 
 @each_backend

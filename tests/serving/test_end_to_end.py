@@ -86,65 +86,69 @@ def test_prompt_and_max_tokens_past_the_context_end_with_length(client):
     assert events[-1].usage.completion_tokens == 8
 
 
-@pytest.mark.parametrize("way", ["cancel", "deadline", "abort"])
-def test_200_requests_that_end_early_free_all_their_blocks(server, way):
-    """Some decode, some are in their prompt, most are in the queue when it happens."""
+def start_200(client, way, *, timeout=None):
+    """Prompts of 301 tokens: soon some decode, some are in their prompt, most are in the queue."""
+    return [
+        client.generate(
+            {"prompt_token_ids": [5 + i, *range(100, 400)]},
+            max_tokens=1500,
+            ignore_eos=True,
+            request_id=f"{way}-{i}",
+            timeout=timeout,
+        )
+        for i in range(200)
+    ]
+
+
+def codes_of(calls):
+    """How each ends, all of them read at once."""
     codes = []
 
-    def one(client, i):
-        prompt = {"prompt_token_ids": [5 + i, *range(100, 400)]}
-        timeout = 1.0 if way == "deadline" else None
-        events = client.generate(
-            prompt, max_tokens=1500, ignore_eos=True, request_id=f"{way}-{i}", timeout=timeout
-        )
+    def read(call):
         try:
-            for event in events:
-                if way == "cancel" and event.token_ids:
-                    events.close()
-                    codes.append(grpc.StatusCode.CANCELLED)
-                    return
+            list(call)
         except grpc.RpcError as error:
             codes.append(error.code())
 
-    with Client(server.target) as client:
-        if (
-            way == "cancel"
-        ):  # most never get a first token before the others have left: they hang up too
-            calls = [
-                client.generate(
-                    {"prompt_token_ids": [5 + i, *range(100, 400)]},
-                    max_tokens=1500,
-                    ignore_eos=True,
-                )
-                for i in range(200)
-            ]
-            first = [threading.Thread(target=next, args=(call,)) for call in calls[:4]]
-            for thread in first:
-                thread.start()
-            for thread in first:
-                thread.join()
-            for call in calls:
-                call.close()
-        else:
-            threads = [threading.Thread(target=one, args=(client, i)) for i in range(200)]
-            for thread in threads:
-                thread.start()
-            if way == "abort":
-                wait_until(
-                    lambda: client.loads().num_running + client.loads().num_waiting == 200, 30
-                )
-                assert all(client.abort(f"abort-{i}") for i in range(200))
-            for thread in threads:
-                thread.join()
-            want = (
-                grpc.StatusCode.DEADLINE_EXCEEDED
-                if way == "deadline"
-                else grpc.StatusCode.CANCELLED
-            )
-            assert codes == [want] * 200
-        wait_until(lambda: client.loads().num_running + client.loads().num_waiting == 0)
-        assert client.loads().num_blocks_used == 0
-        assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
+    threads = [threading.Thread(target=read, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return codes
+
+
+def check_all_is_free_within_one_step(server, client, way):
+    """Once the log says that a request has ended, the engine has been told: no step may end with blocks still held."""
+    wait_until(lambda: sum(f'"id": "{way}-' in line for line in server.errors) == 200, 30)
+    told = client.loads()
+    while (loads := client.loads()).num_blocks_used:
+        assert loads.num_steps == told.num_steps
+    assert loads.num_running == loads.num_waiting == 0
+    assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
+
+
+def test_200_requests_that_hang_up_free_all_their_blocks_within_one_step(server, client):
+    calls = start_200(client, "hang-up")
+    for call in calls[:4]:
+        next(call)
+    for call in calls:
+        call.close()
+    check_all_is_free_within_one_step(server, client, "hang-up")
+
+
+def test_200_requests_past_their_deadline_free_all_their_blocks_within_one_step(server, client):
+    codes = codes_of(start_200(client, "late", timeout=1.0))
+    assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 200
+    check_all_is_free_within_one_step(server, client, "late")
+
+
+def test_200_requests_aborted_by_id_free_all_their_blocks_within_one_step(server, client):
+    calls = start_200(client, "abort")
+    wait_until(lambda: client.loads().num_running + client.loads().num_waiting == 200, 30)
+    assert all(client.abort(f"abort-{i}") for i in range(200))
+    assert codes_of(calls) == [grpc.StatusCode.CANCELLED] * 200
+    check_all_is_free_within_one_step(server, client, "abort")
 
 
 def test_no_torch_is_loaded_by_the_server_or_its_engine(server):
