@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 PORT ?= 50051
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) CMakeLists.txt setup.py pyproject.toml constraints.txt
-# One thread each for what brings its own pools; our own errors show from a checkout's root.
+# One thread each for what brings its own pools. PYTHONSAFEPATH: ./kernels must not pass for a package of that name.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: base setup demo check test serve gpu-check proto clean

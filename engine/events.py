@@ -118,4 +118,4 @@ class Loads:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_requests_finished: int = 0
-    num_requests_aborted: int = 0  # by abort or deadline
+    num_requests_aborted: int = 0  # by abort (a stop string is one), hang-up or deadline

@@ -47,9 +47,8 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: (
-        tuple[dict[int, Logprob] | None, ...] | None
-    )  # one a prompt token, None for the first
+    # One a prompt token, None for the first.
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
 

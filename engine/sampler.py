@@ -7,10 +7,9 @@ import numpy as np
 
 from vivace.engine.batch import Batch
 from vivace.engine.events import TokenLogprobs
+from vivace.engine.sampling import MAX_LOGPROBS
 from vivace.kernels.backend import Ops
 from vivace.kernels.buffer import Buffer, DType
-
-MAX_TOP = 20
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +46,7 @@ class Sampler:
         self._tokens = memory.empty((max_rows,), DType.INT32)
         self._ranks = memory.empty((max_rows,), DType.INT32)
         self._chosen = memory.empty((max_rows,), DType.FP32)
-        most = min(MAX_TOP, vocab_size)
+        most = min(MAX_LOGPROBS, vocab_size)
         self._top_ids = memory.empty((max_rows * most,), DType.INT32)
         self._top_logprobs = memory.empty((max_rows * most,), DType.FP32)
 

@@ -22,9 +22,8 @@ from vivace.engine.events import FinishReason
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 
-MAX_PROMPT_LOGPROB_ROWS = (
-    64  # rows of logits a step spends on prompts: they cost vocabulary x 8 bytes each
-)
+# Rows of logits that a step spends on prompts: they cost vocabulary x 8 bytes each.
+MAX_PROMPT_LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}  # in the order they started to run
-        self._computing: dict[
-            bytes, Request
-        ] = {}  # digest -> the running request that will compute it
+        self._computing: dict[bytes, Request] = {}  # by digest: who runs and will compute it
         self._slots = list(range(config.max_running - 1, -1, -1))
         self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that are gone
 
@@ -214,9 +211,8 @@ class Scheduler:
         """Give a waiting request its blocks and a slot. False, with nothing changed, if there are not enough."""
         self._pool.share(found)
         needed = self._num_blocks(len(request.tokens)) - len(found)
-        reserve = len(
-            self._running
-        )  # about the next block of each: or the newcomer would be preempted at once
+        # About the next block of each that runs: or the newcomer would be preempted at once.
+        reserve = len(self._running)
         if self._pool.num_available < needed + reserve:
             self._pool.release(found)
             return False

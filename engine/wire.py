@@ -13,9 +13,7 @@ from vivace.engine.config import Config
 from vivace.engine.events import EngineInfo, EngineRequest, Loads, TokenEvent, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
-PIECE_POSITIONS = (
-    4096  # of a prompt's logprobs in one frame: 2 MB where all 20 best tokens are asked for
-)
+PIECE_POSITIONS = 4096  # of a prompt's logprobs in one frame: 2 MB with all 20 best tokens
 HEADER = struct.Struct("<I")
 
 

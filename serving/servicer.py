@@ -160,10 +160,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         except EngineError as error:
             entry.code = status_of(error).name
             await abort(context, error)
-        except (
-            asyncio.CancelledError,
-            GeneratorExit,
-        ):  # the client hung up, or its deadline passed
+        except (asyncio.CancelledError, GeneratorExit):
+            # The client hung up, or its deadline passed.
             entry.code = _why_ended(context)
             raise
         finally:
