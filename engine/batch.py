@@ -62,10 +62,21 @@ class Batch:
 
 
 class Batcher:
-    """Owns the tables. `max_blocks` is the most blocks that one request can hold."""
+    """Owns the tables. `max_blocks` is the most blocks that one request can hold.
 
-    def __init__(self, max_running: int, max_blocks: int, block_tokens: int) -> None:
+    With `long_rope_from`, inputs say of each token whether its request has more tokens than that.
+    """
+
+    def __init__(
+        self,
+        max_running: int,
+        max_blocks: int,
+        block_tokens: int,
+        *,
+        long_rope_from: int | None = None,
+    ) -> None:
         self._block_tokens = block_tokens
+        self._long_rope_from = long_rope_from
         self._blocks = np.zeros((max_running, max_blocks), np.int32)
         self._temperature = np.zeros(max_running, np.float32)
         self._top_k = np.zeros(max_running, np.int32)
@@ -97,17 +108,22 @@ class Batcher:
             np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens
         ]
         sampled, rows, prompt_rows = _rows(chunks, query_starts)
+        inputs = {
+            "tokens": np.array(tokens, np.int32),
+            "positions": positions_T,
+            "slots": block_T * self._block_tokens + positions_T % self._block_tokens,
+            "block_tables": table,
+            "query_starts": query_starts,
+            "context_lens": context_lens_B,
+            "rows": rows,
+        }
+        if self._long_rope_from is not None:
+            lengths_B = np.array([len(chunk.request.tokens) for chunk in chunks])
+            is_long_B = (lengths_B > self._long_rope_from).astype(np.int32)
+            inputs["rope_variants"] = np.repeat(is_long_B, counts_B)
         return Batch(
             chunks=chunks,
-            inputs={
-                "tokens": np.array(tokens, np.int32),
-                "positions": positions_T,
-                "slots": block_T * self._block_tokens + positions_T % self._block_tokens,
-                "block_tables": table,
-                "query_starts": query_starts,
-                "context_lens": context_lens_B,
-                "rows": rows,
-            },
+            inputs=inputs,
             sampled=sampled,
             prompt_rows=prompt_rows,
             sampling=self._sampling(sampled, len(rows)),

@@ -1,7 +1,7 @@
 """Which blocks hold which prefix. Holds no tensors, and no tokens: only digests.
 
-The digest of a block covers its tokens, all tokens before it, the request's salt and this engine's secret key: nobody can
-find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
+The digest of a block covers its tokens, all tokens before it, the request's salt, whether long rotary factors made it, and
+this engine's secret key: nobody can find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
 """
 
 from array import array
@@ -21,13 +21,19 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._digest_of
 
-    def extend(self, digests: list[bytes], tokens: Sequence[int], salt: bytes) -> None:
+    def extend(
+        self, digests: list[bytes], tokens: Sequence[int], salt: bytes, *, is_long: bool = False
+    ) -> None:
         """Append the digests of the full blocks of `tokens` that `digests` does not cover yet."""
         size = self._block_tokens
         for end in range((len(digests) + 1) * size, len(tokens) + 1, size):
-            parent = digests[-1] if digests else sha256(self._key + salt).digest()
+            parent = digests[-1] if digests else self._root(salt, is_long)
             block = array("i", tokens[end - size : end]).tobytes()
             digests.append(sha256(self._key + parent + block).digest())
+
+    def _root(self, salt: bytes, is_long: bool) -> bytes:
+        # One byte, always, and before the salt: no salt of a tenant's reads as another's with the flag.
+        return sha256(self._key + bytes([is_long]) + salt).digest()
 
     def find(self, digest: bytes) -> int | None:
         """The block that stores this prefix, or None."""

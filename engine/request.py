@@ -19,6 +19,7 @@ class Request:
     salt: bytes = b""
     num_computed: int = 0  # leading tokens whose K and V are in the cache
     blocks: list[int] = field(default_factory=list)  # cache blocks, in token order
+    num_released: int = 0  # of those, leading ones that it does not hold: no window reaches them
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, so far
     slot: int = -1  # row in the tables of `batch.py`, while running
     num_tabled: int = 0  # blocks that those tables know already

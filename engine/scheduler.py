@@ -8,11 +8,15 @@ A request gets the blocks of all its known tokens when it starts to run, so only
 the request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
 running request is about to compute waits for it instead; the running one never waits, so there are no circles, and when
 it ends early the first waiter simply finds nobody to wait for and becomes the one that computes.
+
+Where every layer has a window, blocks that no later token can see go back to the pool while their request runs, and a
+prefix is found by the blocks that the token after it sees, though earlier ones are gone. With LongRoPE, a request that
+comes to have more than the original context's tokens goes back to the head of the queue, once, to be computed anew.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vivace.engine.blocks import BlockPool
@@ -44,6 +48,17 @@ class Chunk:
         return self.end == len(self.request.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class ContextRules:
+    """What a model's positions mean for the cache; each None if the model has no such thing."""
+
+    window: int | None = None  # the most positions that any layer sees, a token's own included
+    long_rope_from: int | None = None  # of more tokens than this, all are rotated in another way
+
+
+PLAIN_CONTEXT = ContextRules()
+
+
 class Scheduler:
     """Not thread-safe: the engine loop is its only caller."""
 
@@ -55,12 +70,15 @@ class Scheduler:
         *,
         block_tokens: int,
         prefix_sharing: bool = True,
+        context: ContextRules = PLAIN_CONTEXT,
     ) -> None:
         self._config = config
         self._pool = pool
         self._prefix = prefix
         self._block_tokens = block_tokens
         self._prefix_sharing = prefix_sharing
+        self._window = context.window
+        self._long_rope_from = context.long_rope_from
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}  # in the order they started to run
@@ -141,12 +159,16 @@ class Scheduler:
         request.num_computed = chunk.end
         if self._prefix_sharing:
             self._publish(request, first)
+        if self._window is not None:
+            self._release_passed(request)
         if sampled is None:
             return None
         request.tokens.append(sampled)
         finish = self._finish(request, sampled)
         if finish is not None:
             self.end(request.id)
+        elif self._long_rope_from is not None:
+            self._recompute_if_long(request)
         return finish
 
     def _finish(self, request: Request, sampled: int) -> FinishReason | None:
@@ -184,20 +206,41 @@ class Scheduler:
         self._waiting.extendleft(reversed(passed))
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Blocks that hold the request's first tokens already; never its last token, which must be computed."""
+        """Blocks that hold the request's first tokens already; never its last token, which must be computed.
+
+        As in its block table: the numbers of what lies left of the next token's window say nothing.
+        """
         if not self._prefix_sharing:
             return []
-        self._prefix.extend(request.digests, request.tokens, request.salt)
+        self._extend_digests(request)
         most = len(request.tokens) - 1
         if request.wants_prompt_logprobs:  # a position's logits cannot be found in a cache
             most = min(most, len(request.prompt_logprobs) - 1)
+        digests = request.digests[: most // self._block_tokens]
+        if self._window is not None:
+            return self._find_in_window(digests)
         found: list[int] = []
-        for digest in request.digests[: most // self._block_tokens]:
+        for digest in digests:
             block = self._prefix.find(digest)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def _find_in_window(self, digests: Sequence[bytes]) -> list[int]:
+        """The longest prefix of which everything is there that the token after it sees."""
+        found = [0] * len(digests)
+        num_found = i = len(digests)
+        first = self._num_passed(num_found * self._block_tokens)
+        while i > first:
+            i -= 1
+            block = self._prefix.find(digests[i])
+            if block is None:  # any longer prefix that is still in question needs it
+                num_found = i
+                first = self._num_passed(num_found * self._block_tokens)
+            else:
+                found[i] = block
+        return found[:num_found]
 
     def _must_wait(self, request: Request, num_found: int) -> bool:
         if (
@@ -209,17 +252,21 @@ class Scheduler:
 
     def _start(self, request: Request, found: list[int], now: float) -> bool:
         """Give a waiting request its blocks and a slot. False, with nothing changed, if there are not enough."""
-        self._pool.share(found)
+        num_computed = len(found) * self._block_tokens
+        num_passed = self._num_passed(num_computed)
+        shared = found[num_passed:]
+        self._pool.share(shared)
         needed = self._num_blocks(len(request.tokens)) - len(found)
         # About the next block of each that runs: or the newcomer would be preempted at once.
         reserve = len(self._running)
         if self._pool.num_available < needed + reserve:
-            self._pool.release(found)
+            self._pool.release(shared)
             return False
         taken = self._pool.take(needed)
         assert taken is not None
         request.blocks = found + taken
-        request.num_computed = len(found) * self._block_tokens
+        request.num_released = num_passed
+        request.num_computed = num_computed
         request.slot = self._slots.pop()
         request.num_tabled = 0
         if request.first_scheduled is None:
@@ -235,7 +282,7 @@ class Scheduler:
         """Make room for a decoding request's next token, preempting the newest. False if it preempted itself.
 
         The newest comes last in a step, so who is preempted has no chunk in it yet; and it is first in line for
-        blocks again but needs more than it gave, so nobody starts in a step that preempts.
+        blocks again but needs more than are left of those it gave, so nobody starts in a step that preempts.
         """
         if len(request.tokens) <= len(request.blocks) * self._block_tokens:
             return True
@@ -254,20 +301,48 @@ class Scheduler:
             if self._computing.get(digest) is request:
                 del self._computing[digest]
         del self._running[request.id]
-        self._pool.release(request.blocks)
+        self._pool.release(request.blocks[request.num_released :])
         self._slots.append(request.slot)
-        request.blocks, request.num_computed, request.slot = [], 0, -1
+        request.blocks, request.num_released, request.num_computed, request.slot = [], 0, 0, -1
+
+    def _num_passed(self, num_computed: int) -> int:
+        """Leading blocks of which the token at position `num_computed`, and so any later one, sees nothing."""
+        if self._window is None:
+            return 0
+        return max(0, num_computed - self._window + 1) // self._block_tokens
+
+    def _release_passed(self, request: Request) -> None:
+        num_passed = self._num_passed(request.num_computed)
+        if num_passed > request.num_released:
+            self._pool.release(request.blocks[request.num_released : num_passed])
+            request.num_released = num_passed
+
+    def _recompute_if_long(self, request: Request) -> None:
+        """What is cached of a request that has just become long was rotated in the short way: it is void.
+
+        Tokens only grow, so this happens to a request once at most, and the queue's head cannot starve the rest.
+        """
+        assert self._long_rope_from is not None
+        if len(request.tokens) == self._long_rope_from + 1:
+            self._stop_running(request)
+            request.digests.clear()
+            self._waiting.appendleft(request)
 
     def _publish(self, request: Request, first: int) -> None:
         """Let others find the blocks that have just become full."""
         last = request.num_computed // self._block_tokens
         if last > first:
-            self._prefix.extend(request.digests, request.tokens, request.salt)
+            self._extend_digests(request)
         for i in range(first, last):
             digest = request.digests[i]
             self._prefix.insert(digest, request.blocks[i])
             if self._computing.get(digest) is request:
                 del self._computing[digest]
+
+    def _extend_digests(self, request: Request) -> None:
+        limit = self._long_rope_from
+        is_long = limit is not None and len(request.tokens) > limit
+        self._prefix.extend(request.digests, request.tokens, request.salt, is_long=is_long)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)

@@ -123,3 +123,26 @@ def test_prompt_rows_that_are_recorded_already_are_not_asked_for_again():
     batch = Batcher(1, 4, BLOCK).build([Chunk(again, 6)])
     assert [(r.first_position, r.count) for r in batch.prompt_rows] == [(5, 2)]
     assert batch.inputs["rows"].tolist() == [4, 5]
+
+
+def test_each_token_says_whether_its_request_is_long():
+    """By all the tokens that are known of it, not by those that are computed."""
+    prefill = request(0, range(20), range(5), num_computed=4)
+    at_the_limit = request(1, range(12), range(5, 8), num_computed=11)
+    beyond = request(2, range(13), range(8, 12), num_computed=12)
+    chunks = [Chunk(prefill, 3), Chunk(at_the_limit, 1), Chunk(beyond, 1)]
+    variants_T = Batcher(3, 8, BLOCK, long_rope_from=12).build(chunks).inputs["rope_variants"]
+    assert variants_T.tolist() == [1, 1, 1, 0, 1]
+    assert variants_T.dtype == np.int32 and variants_T.flags.c_contiguous
+    for chunk in chunks:
+        chunk.request.num_tabled = 0
+    assert "rope_variants" not in Batcher(3, 8, BLOCK).build(chunks).inputs
+
+
+def test_a_prefix_whose_first_blocks_are_gone_keeps_each_block_at_its_place():
+    one = request(0, range(14), [0, 0, 7, 8], num_computed=12)
+    one.num_released = 2
+    inputs = Batcher(1, 8, BLOCK).build([Chunk(one, 2)]).inputs
+    assert inputs["block_tables"].tolist() == [[0, 0, 7, 8]]
+    assert inputs["slots"].tolist() == [8 * 4, 8 * 4 + 1]
+    assert inputs["positions"].tolist() == [12, 13]

@@ -6,9 +6,9 @@ from vivace.engine.blocks import BlockPool
 from vivace.engine.prefix import PrefixIndex
 
 
-def digests(tokens, *, key=b"key", salt=b"", size=4):
+def digests(tokens, *, key=b"key", salt=b"", size=4, is_long=False):
     found = []
-    PrefixIndex(size, key).extend(found, tokens, salt)
+    PrefixIndex(size, key).extend(found, tokens, salt, is_long=is_long)
     return found
 
 
@@ -23,6 +23,15 @@ def test_a_digest_covers_all_tokens_before_the_block():
 @pytest.mark.parametrize("other", [{"key": b"another"}, {"salt": b"tenant"}])
 def test_a_digest_covers_the_key_and_the_salt(other):
     assert set(digests(range(8))).isdisjoint(digests(range(8), **other))
+
+
+def test_no_salt_makes_a_long_requests_digests_another_requests():
+    salts = [b"", b"\0", b"\1", b"\1\1", b"long", b"tenant", b"\1tenant", b"tenant\1"]
+    kinds = [(salt, is_long) for salt in salts for is_long in (False, True)]
+    found = {
+        digest for kind in kinds for digest in digests(range(8), salt=kind[0], is_long=kind[1])
+    }
+    assert len(found) == 2 * len(kinds)
 
 
 def test_digests_can_be_extended_as_tokens_come():

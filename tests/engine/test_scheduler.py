@@ -7,132 +7,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vivace.engine.blocks import BlockPool
-from vivace.engine.config import SchedulerConfig
+from tests.engine.fake_cache import World, request
 from vivace.engine.errors import InvalidRequest, Overloaded
-from vivace.engine.events import FinishReason, Sampling
-from vivace.engine.prefix import PrefixIndex
-from vivace.engine.request import Request
-from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS, Scheduler
+from vivace.engine.events import FinishReason
+from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
 
-BLOCK = 4  # tokens
-
-
-def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, stop=()):
-    return Sampling(
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=0,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop_token_ids=stop,
-        logprobs=None,
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None):
-    return Request(
-        str(name),
-        list(tokens),
-        len(tokens),
-        sampling(max_tokens, prompt_logprobs=prompt_logprobs),
-        arrival=0.0,
-        deadline=deadline,
-        salt=salt,
-        prompt_logprobs=[] if prompt_logprobs is None else [None],
-    )
-
-
-class World:
-    """The real scheduler over a model that writes every position it is given, and checks every position it reads."""
-
-    def __init__(self, num_blocks=64, *, max_step=16, max_running=8, max_waiting=100, sharing=True):
-        self.config = SchedulerConfig(
-            max_step_tokens=max_step, max_running=max_running, max_waiting=max_waiting
-        )
-        self.prefix = PrefixIndex(BLOCK, b"key")
-        self.pool = BlockPool(num_blocks, self.prefix)
-        self.scheduler = Scheduler(
-            self.config, self.pool, self.prefix, block_tokens=BLOCK, prefix_sharing=sharing
-        )
-        self.cache = {}  # (block, offset) -> (salt, all tokens up to here)
-        self.finished = {}  # id -> why
-        self.live = {}  # id -> request
-        self.num_computed = 0
-
-    def add(self, new):
-        self.scheduler.add(new)
-        self.live[new.id] = new
-
-    def end(self, name, why):
-        ended = self.scheduler.end(name)
-        if name in self.live:
-            assert ended is self.live.pop(name)
-            assert name not in self.finished
-            self.finished[name] = why
-        else:
-            assert ended is None
-
-    def step(self, now=0.0, token=None):
-        for name in list(self.scheduler.expired(now)):
-            self.end(name, FinishReason.DEADLINE)
-        chunks = self.scheduler.step(now)
-        assert bool(chunks) == bool(self.live), "work waits, and nothing runs"
-        assert sum(c.num_tokens for c in chunks) <= self.config.max_step_tokens
-        assert len({c.request.id for c in chunks}) == len(chunks) <= self.config.max_running
-        for chunk in chunks:
-            self._compute(chunk)
-        for chunk in chunks:
-            sampled = (
-                (len(chunk.request.tokens) % 3 if token is None else token)
-                if chunk.samples
-                else None
-            )
-            if chunk.request.wants_prompt_logprobs:
-                known = len(chunk.request.prompt_logprobs)
-                last = min(chunk.end, chunk.request.num_prompt_tokens - 1)
-                assert chunk.request.num_computed < known, "a logprob's position was skipped"
-                chunk.request.prompt_logprobs += [None] * max(0, last + 1 - known)
-            finish = self.scheduler.commit(chunk, sampled)
-            if finish is not None:
-                self.finished[chunk.request.id] = finish
-                assert len(chunk.request.prompt_logprobs) in (0, chunk.request.num_prompt_tokens)
-                del self.live[chunk.request.id]
-        return chunks
-
-    def _compute(self, chunk):
-        asked, start = chunk.request, chunk.request.num_computed
-        for i in range(chunk.end):
-            slot = asked.blocks[i // BLOCK], i % BLOCK
-            if i >= start:
-                assert self.pool.num_holders(slot[0]) == 1, "writes into a shared block"
-                self.cache[slot] = asked.salt, tuple(asked.tokens[: i + 1])
-            assert self.cache[slot] == (asked.salt, tuple(asked.tokens[: i + 1])), (
-                "reads another's block"
-            )
-        self.num_computed += chunk.num_tokens
-
-    def run(self, limit=10_000):
-        for _ in range(limit):
-            if not self.live:
-                return
-            self.step()
-        raise AssertionError(f"not finished after {limit} steps: {sorted(self.live)}")
-
-    def check(self):
-        """Every block is held by exactly those who list it; nothing is lost; nobody is listed twice."""
-        held = {}
-        for one in self.live.values():
-            assert len(set(one.blocks)) == len(one.blocks)
-            for block in one.blocks:
-                held[block] = held.get(block, 0) + 1
-        for block in range(self.pool.num_blocks):
-            assert self.pool.num_holders(block) == held.get(block, 0)
-        assert self.pool.num_available == self.pool.num_blocks - len(held)
-        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
+WINDOWS = [None, 1, 3, 4, 6, 13, 18]  # blocks have 4 tokens
 
 
 def test_a_long_prompt_does_not_stop_others_decoding():
@@ -312,25 +192,104 @@ def test_what_was_released_last_outlives_what_was_released_first():
     assert world.num_computed - before == 1
 
 
-@pytest.mark.parametrize("seed", range(40))
+def test_a_request_that_becomes_long_is_computed_again_once_and_was_not_preempted():
+    world = World(long_rope_from=12)
+    one = request("a", range(100, 110), 10)
+    world.add(one)
+    world.run()
+    assert (world.num_voided, one.num_preemptions, one.num_generated) == (1, 0, 10)
+    assert world.num_computed == 12 + 19  # the last token is never computed
+
+
+def test_a_request_whose_last_token_would_make_it_long_just_finishes():
+    world = World(long_rope_from=12)
+    world.add(request("a", range(12), 1))
+    world.run()
+    assert world.num_computed == 12 and world.num_voided == 0
+
+
+def test_a_long_prompt_is_long_from_its_first_chunk():
+    world = World(long_rope_from=12, max_step=8)
+    world.add(request("a", range(30), 3))
+    world.run()
+    assert world.num_computed == 32 and world.num_voided == 0
+
+
+def test_long_requests_and_others_share_no_blocks_but_each_their_own():
+    world = World(long_rope_from=12)
+    computed = []
+    for length in (12, 20, 20, 12):
+        before = world.num_computed
+        world.add(request(length, range(length), 1))
+        world.run()
+        computed.append(world.num_computed - before)
+    assert computed == [12, 20, 4, 4]
+
+
+def test_a_long_prompt_does_not_wait_for_a_short_one_that_begins_alike():
+    world = World(long_rope_from=40, max_step=24)
+    world.add(request("leader", range(40), 1))
+    world.add(request("long", range(41), 1))
+    world.add(request("waits", range(41), 1))
+    assert [c.request.id for c in world.step()] == ["leader"]
+    assert [c.request.id for c in world.step()] == ["leader", "long"]
+    world.run()
+    assert world.num_computed == 40 + 41 + 1
+
+
+def test_a_request_that_becomes_long_is_the_next_to_start():
+    world = World(long_rope_from=4, max_running=1)
+    world.add(request("long", [1] * 4, 9))
+    world.add(request("later", [2], 1))
+    assert [[c.request.id for c in world.step()] for _ in range(2)] == [["long"], ["long"]]
+    assert world.num_voided == 1
+    world.run()
+
+
+def test_requests_that_become_long_together_compute_what_they_share_once():
+    world = World(long_rope_from=20, max_step=64)
+    world.add(request("warms the cache", range(17), 1))
+    world.run()
+    for i in range(4):
+        world.add(request(i, [*range(16), 50 + i, 60, 61], 6))
+    world.step()
+    world.step()
+    assert world.num_voided == 4
+    before = world.num_computed
+    world.step()
+    world.step()
+    assert (
+        world.num_computed - before == 21 + 3 * 5 + 1
+    )  # one leads, and decodes when the others follow
+    world.run()
+
+
+@pytest.mark.parametrize("seed", range(112))  # four of each kind
 def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
     rng = random.Random(seed)
-    world = World(num_blocks=rng.randint(12, 40), sharing=bool(seed % 2))
+    world = World(
+        num_blocks=rng.randint(12, 40),
+        sharing=bool(seed % 2),
+        window=WINDOWS[seed % 7],
+        long_rope_from=(None, 22)[seed // 2 % 2],
+    )
     for i in range(30):
         stem = list(range(rng.choice([0, 8, 20])))
         tokens = stem + [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
         world.add(request(i, tokens, rng.randint(1, 8)))
-    world.run()
+    while world.live:
+        world.step()
+        world.check()
     assert len(world.finished) == 30
-    world.check()
 
 
-def test_preemption_really_happens_in_random_traffic():
+@pytest.mark.parametrize("window", [None, 13])
+def test_preemption_really_happens_in_random_traffic(window):
     """The test above would prove little if its pools were never short."""
-    total = 0
+    total = num_voided = 0
     for seed in range(10):
         rng = random.Random(seed)
-        world = World(num_blocks=12)
+        world = World(num_blocks=7, window=window, long_rope_from=22)
         requests = [
             request(i, [rng.randint(0, 2) for _ in range(rng.randint(1, 20))], 8) for i in range(30)
         ]
@@ -338,7 +297,8 @@ def test_preemption_really_happens_in_random_traffic():
             world.add(one)
         world.run()
         total += sum(one.num_preemptions for one in requests)
-    assert total > 10
+        num_voided += world.num_voided
+    assert total > 10 and num_voided > 10
 
 
 class Traffic(RuleBasedStateMachine):
@@ -349,10 +309,18 @@ class Traffic(RuleBasedStateMachine):
         max_step=st.integers(4, 40),
         max_running=st.integers(1, 4),
         sharing=st.booleans(),
+        window=st.sampled_from([None, *WINDOWS]),
+        long_rope_from=st.sampled_from([None, None, 5, 12, 20]),
     )
-    def start(self, num_blocks, max_step, max_running, sharing):
+    def start(self, num_blocks, max_step, max_running, sharing, window, long_rope_from):
         self.world = World(
-            num_blocks, max_step=max_step, max_running=max_running, max_waiting=12, sharing=sharing
+            num_blocks,
+            max_step=max_step,
+            max_running=max_running,
+            max_waiting=12,
+            sharing=sharing,
+            window=window,
+            long_rope_from=long_rope_from,
         )
         self.now = 0.0
         self.added = set()
@@ -407,7 +375,7 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(
-    max_examples=150,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -426,6 +394,18 @@ def test_a_request_that_needs_much_memory_starts_though_small_ones_keep_coming()
         world.add(request(f"later {i}", [i, i + 1], 3))
         world.step()
     raise AssertionError("the big request starved")
+
+
+def test_a_request_that_becomes_long_goes_on_though_others_keep_coming():
+    world = World(num_blocks=10, max_running=4, max_step=8, long_rope_from=24)
+    world.add(request("long", range(100, 120), 20))
+    for i in range(200):
+        if "long" in world.finished:
+            assert world.num_voided == 1
+            return
+        world.add(request(f"later {i}", [i, i + 1], 3))
+        world.step()
+    raise AssertionError("the long request starved")
 
 
 def test_a_request_that_waits_for_a_prefix_starts_though_others_keep_coming():

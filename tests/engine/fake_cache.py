@@ -1,0 +1,164 @@
+"""The real scheduler over a fake model: it writes every position it is given, and checks every position it reads."""
+
+from vivace.engine.blocks import BlockPool
+from vivace.engine.config import SchedulerConfig
+from vivace.engine.events import FinishReason, Sampling
+from vivace.engine.prefix import PrefixIndex
+from vivace.engine.request import Request
+from vivace.engine.scheduler import ContextRules, Scheduler
+
+BLOCK = 4  # tokens
+
+
+def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, stop=()):
+    return Sampling(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=0,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=stop,
+        logprobs=None,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None):
+    return Request(
+        str(name),
+        list(tokens),
+        len(tokens),
+        sampling(max_tokens, prompt_logprobs=prompt_logprobs),
+        arrival=0.0,
+        deadline=deadline,
+        salt=salt,
+        prompt_logprobs=[] if prompt_logprobs is None else [None],
+    )
+
+
+class World:
+    """Requests, their scheduler, and what the cache's every place holds."""
+
+    def __init__(
+        self,
+        num_blocks=64,
+        *,
+        max_step=16,
+        max_running=8,
+        max_waiting=100,
+        sharing=True,
+        window=None,
+        long_rope_from=None,
+    ):
+        self.config = SchedulerConfig(
+            max_step_tokens=max_step, max_running=max_running, max_waiting=max_waiting
+        )
+        self.context = ContextRules(window, long_rope_from)
+        self.prefix = PrefixIndex(BLOCK, b"key")
+        self.pool = BlockPool(num_blocks, self.prefix)
+        self.scheduler = Scheduler(
+            self.config,
+            self.pool,
+            self.prefix,
+            block_tokens=BLOCK,
+            prefix_sharing=sharing,
+            context=self.context,
+        )
+        self.cache = {}  # (block, offset) -> what was written there
+        self.finished = {}  # id -> why
+        self.live = {}  # id -> request
+        self.num_computed = 0
+        self.most_used = 0  # blocks, while any step was computed
+        self.num_voided = 0  # requests that became long while they ran
+
+    def add(self, new):
+        self.scheduler.add(new)
+        self.live[new.id] = new
+
+    def end(self, name, why):
+        ended = self.scheduler.end(name)
+        if name in self.live:
+            assert ended is self.live.pop(name)
+            assert name not in self.finished
+            self.finished[name] = why
+        else:
+            assert ended is None
+
+    def step(self, now=0.0, token=None):
+        for name in list(self.scheduler.expired(now)):
+            self.end(name, FinishReason.DEADLINE)
+        chunks = self.scheduler.step(now)
+        assert bool(chunks) == bool(self.live), "work waits, and nothing runs"
+        assert sum(c.num_tokens for c in chunks) <= self.config.max_step_tokens
+        assert len({c.request.id for c in chunks}) == len(chunks) <= self.config.max_running
+        self.most_used = max(self.most_used, self.pool.num_blocks - self.pool.num_available)
+        for chunk in chunks:
+            self._compute(chunk)
+        for chunk in chunks:
+            self._commit(chunk, len(chunk.request.tokens) % 3 if token is None else token)
+        return chunks
+
+    def is_long(self, one):
+        limit = self.context.long_rope_from
+        return limit is not None and len(one.tokens) > limit
+
+    def content(self, one, position):
+        """What a request writes to a position: it depends on all tokens up to there, and on how they are rotated."""
+        return one.salt, self.is_long(one), tuple(one.tokens[: position + 1])
+
+    def _compute(self, chunk):
+        asked, start = chunk.request, chunk.request.num_computed
+        for i in range(start, chunk.end):
+            block = asked.blocks[i // BLOCK]
+            assert self.pool.num_holders(block) == 1, "writes into a shared block"
+            self.cache[block, i % BLOCK] = self.content(asked, i)
+        for i in range(self._first_seen(start), chunk.end):
+            block = asked.blocks[i // BLOCK]
+            assert i // BLOCK >= asked.num_released, "sees a block that it does not hold"
+            assert self.cache[block, i % BLOCK] == self.content(asked, i), "reads another's block"
+        self.num_computed += chunk.num_tokens
+
+    def _first_seen(self, position):
+        return 0 if self.context.window is None else max(0, position - self.context.window + 1)
+
+    def _commit(self, chunk, sampled):
+        one, was_long, samples = chunk.request, self.is_long(chunk.request), chunk.samples
+        if one.wants_prompt_logprobs:
+            known = len(one.prompt_logprobs)
+            last = min(chunk.end, one.num_prompt_tokens - 1)
+            assert one.num_computed < known, "a logprob's position was skipped"
+            one.prompt_logprobs += [None] * max(0, last + 1 - known)
+        finish = self.scheduler.commit(chunk, sampled if samples else None)
+        if finish is not None:
+            self.finished[one.id] = finish
+            assert len(one.prompt_logprobs) in (0, one.num_prompt_tokens)
+            del self.live[one.id]
+        elif self.is_long(one) != was_long:
+            assert one.num_computed == 0, "goes on with a cache that is void"
+            self.num_voided += 1
+
+    def run(self, limit=10_000):
+        for _ in range(limit):
+            if not self.live:
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps: {sorted(self.live)}")
+
+    def check(self):
+        """Every block is held by exactly those who list it and may yet see it; nothing is lost; nobody is listed
+        twice."""
+        held = {}
+        for one in self.live.values():
+            blocks = one.blocks[one.num_released :]
+            assert len(set(blocks)) == len(blocks)
+            for block in blocks:
+                held[block] = held.get(block, 0) + 1
+            first_held = one.num_released * BLOCK
+            next_seen = self._first_seen(one.num_computed)
+            assert first_held <= next_seen < first_held + BLOCK
+        for block in range(self.pool.num_blocks):
+            assert self.pool.num_holders(block) == held.get(block, 0)
+        assert self.pool.num_available == self.pool.num_blocks - len(held)
+        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
