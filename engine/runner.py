@@ -62,7 +62,7 @@ class Runner:
             if value.kind is Kind.WEIGHT:
                 self._fixed[i] = ops.memory.upload(weights[value.name])
             elif value.kind is Kind.CONSTANT:
-                numbers = np.array(program.constants[value], np.float32)
+                numbers = np.array([program.constants[value]], np.float32)
                 self._fixed[i] = ops.memory.upload(numbers)
             elif value.kind is Kind.CACHE:
                 G, D = sized(value.shape, {})

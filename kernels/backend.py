@@ -10,17 +10,22 @@ from importlib import import_module
 from typing import Any
 
 from vivace.kernels import (
+    add,
     add_rmsnorm,
     attention,
     embed,
+    expert_linear,
+    gated,
     kv_read,
     linear,
     logprobs,
+    moe_combine,
+    moe_route,
     rmsnorm,
     rope_kv_write,
     rope_table,
     sample,
-    silu_mul,
+    softcap,
     take_rows,
 )
 from vivace.kernels.memory import Memory
@@ -48,7 +53,12 @@ class Ops:
     rope_table: rope_table.Run
     rope_kv_write: rope_kv_write.Run
     attention: attention.Run
-    silu_mul: silu_mul.Run
+    gated: gated.Run
+    softcap: softcap.Run
+    add: add.Run
+    moe_route: moe_route.Run
+    expert_linear: expert_linear.Run
+    moe_combine: moe_combine.Run
     take_rows: take_rows.Run
     sample: sample.Run
     logprobs: logprobs.Run

@@ -21,8 +21,8 @@ class Builder:
         return Value(name, Kind.WEIGHT, shape, DType.FP32, parts=parts or shape[:1])
 
     def constant(self, name: str, numbers: tuple[float, ...]) -> Value:
-        """A vector that follows from the spec."""
-        value = Value(name, Kind.CONSTANT, (len(numbers),), DType.FP32)
+        """A row of numbers that follow from the spec, [1, n]."""
+        value = Value(name, Kind.CONSTANT, (1, len(numbers)), DType.FP32)
         self._constants[value] = numbers
         return value
 

@@ -10,6 +10,6 @@ def emit_mlp(b: Builder, at: str, x_TM: Value, spec: MlpSpec) -> Value:
     (T, M), F = x_TM.shape, spec.hidden_size
     assert isinstance(M, int)
     gate_up_T2F = b.linear(x_TM, b.weight(f"{at}.gate_up", 2 * F, M, parts=(F, F)))
-    act_TF = b.activation("silu_mul", T, F)
-    b.call("silu_mul", (act_TF,), (gate_up_T2F,))
+    act_TF = b.activation("gated", T, F)
+    b.call("gated", (act_TF,), (gate_up_T2F,))
     return b.linear(act_TF, b.weight(f"{at}.down", M, F))

@@ -1,9 +1,12 @@
 """Causal attention of a step's rows over the paged cache; decode rows and prefill chunks in one call, grouped heads.
 
 Request b owns rows query_starts[b] .. query_starts[b+1] - 1, the last of its context_lens[b] tokens, all of which are
-in the cache already; the row at position p attends to positions 0..p. Query head h reads KV head h // (H / G). Position p
-lies in block block_tables[b, p // S] at offset p % S. Softmax in fp32, added up over splits of 256 positions counted
-from position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
+in the cache already; the row at position p attends to positions 0..p, or max(0, p - w + 1)..p with a window w > 0.
+What lies left of the window of a request's first row is not read: neither its block numbers nor the cache.
+Query head h reads KV head h // (H / G). Position p lies in block block_tables[b, p // S] at offset p % S.
+A softcap c > 0 makes c * tanh(s / c) of a scaled score s. A sink is one more logit of a head, which joins the softmax
+and has no value (GPT-OSS; arXiv:2309.17453). Softmax in fp32, added up over splits of 256 positions counted from
+position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
 """
 
 from typing import Protocol
@@ -24,9 +27,12 @@ class Run(Protocol):
         block_tables_BX: Buffer,  # int32; entries past a request's last block are not read
         query_starts: Buffer,  # int32 [B + 1], ascending from 0
         context_lens_B: Buffer,  # int32, this step's rows included
+        sinks_H: Buffer | None = None,  # fp32
         *,
         num_kv_heads: int,
         scale: float,
+        window: int = 0,  # positions; 0: no window
+        softcap: float = 0.0,  # 0: none
     ) -> None: ...
 
 
@@ -37,9 +43,12 @@ def check(
     block_tables_BX: Buffer,
     query_starts: Buffer,
     context_lens_B: Buffer,
+    sinks_H: Buffer | None = None,
     *,
     num_kv_heads: int,
     scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> None:
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     _, H, D = expect("q", q_THD, None, None, None)
@@ -60,5 +69,12 @@ def check(
         expect_dtype(name, buffer, "int32")
     expect_dtype("q", q_THD, "float32")
     expect_dtype("out", out_THD, "float32")
+    if sinks_H is not None:
+        expect("sinks", sinks_H, H)
+        expect_dtype("sinks", sinks_H, "float32")
+    if window < 0:
+        raise ValueError(f"window must be at least 0, got {window}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be at least 0, got {softcap}")
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")

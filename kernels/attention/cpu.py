@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
 
 MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
 
@@ -19,6 +19,7 @@ class Args(Structure):
         ("block_tables", c_void_p),
         ("query_starts", c_void_p),
         ("context_lens", c_void_p),
+        ("sinks", c_void_p),
         ("T", c_int64),
         ("H", c_int64),
         ("G", c_int64),
@@ -26,7 +27,9 @@ class Args(Structure):
         ("D", c_int64),
         ("B", c_int64),
         ("X", c_int64),
+        ("window", c_int64),
         ("scale", c_float),
+        ("softcap", c_float),
     )
 
 
@@ -41,9 +44,12 @@ def bind(library: Library) -> Callable[..., None]:
         block_tables_BX: Array,
         query_starts: Array,
         context_lens_B: Array,
+        sinks_H: Array | None = None,
         *,
         num_kv_heads: int,
         scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> None:
         T, H, D = q_THD.shape
         if D > MAX_HEAD_DIM:
@@ -52,6 +58,7 @@ def bind(library: Library) -> Callable[..., None]:
         pointers = map(
             pointer, (out_THD, q_THD, kv_cache, block_tables_BX, query_starts, context_lens_B)
         )
-        call(Args(*pointers, T, H, num_kv_heads, kv_cache.shape[3], D, B, X, scale))
+        sizes = (T, H, num_kv_heads, kv_cache.shape[3], D, B, X)
+        call(Args(*pointers, optional_pointer(sinks_H), *sizes, window, scale, softcap))
 
     return run

@@ -10,29 +10,41 @@ def run(
     block_tables_BX: torch.Tensor,
     query_starts: torch.Tensor,
     context_lens_B: torch.Tensor,
+    sinks_H: torch.Tensor | None = None,
     *,
     num_kv_heads: int,
     scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> None:
     """See `kernels.attention`. One request at a time; the whole softmax at once, not in splits."""
     S = kv_cache.shape[2]
     starts, lens = query_starts.tolist(), context_lens_B.tolist()
     out_THD[starts[-1] :] = 0
-    for b, context_len in enumerate(lens):
+    for b, end in enumerate(lens):
         q_HCD = q_THD[starts[b] : starts[b + 1]].transpose(0, 1)
-        num_rows = q_HCD.shape[1]
+        H, num_rows, _ = q_HCD.shape
         if num_rows == 0:
             continue
-        blocks = block_tables_BX[b, : -(-context_len // S)].long()
+        begin = max(0, end - num_rows - window + 1) if window else 0  # the first position read
+        blocks = block_tables_BX[b, begin // S : -(-end // S)].long()
+        position = torch.arange(begin, end, device=q_THD.device)
         k, v = (
             kv_cache[blocks, i]
-            .flatten(0, 1)[:context_len]
-            .transpose(0, 1)  # [G, context, D]
-            .repeat_interleave(q_HCD.shape[0] // num_kv_heads, dim=0)
+            .flatten(0, 1)[position - begin // S * S]
+            .transpose(0, 1)  # [G, positions, D]
+            .repeat_interleave(H // num_kv_heads, dim=0)
             for i in (0, 1)
         )
         scores = q_HCD @ k.transpose(1, 2) * scale
-        position = torch.arange(context_len, device=scores.device)
-        row_position = torch.arange(context_len - num_rows, context_len, device=scores.device)
-        scores = scores.masked_fill(position > row_position[:, None], -float("inf"))
-        out_THD[starts[b] : starts[b + 1]] = (scores.softmax(-1) @ v).transpose(0, 1)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        row_position = torch.arange(end - num_rows, end, device=q_THD.device)[:, None]
+        hidden = position > row_position
+        if window:
+            hidden |= position <= row_position - window
+        scores = scores.masked_fill(hidden, -float("inf"))
+        if sinks_H is not None:
+            scores = torch.cat((scores, sinks_H[:, None, None].expand(H, num_rows, 1)), dim=2)
+        weights = scores.softmax(-1)[:, :, : end - begin]
+        out_THD[starts[b] : starts[b + 1]] = (weights @ v).transpose(0, 1)

@@ -30,7 +30,8 @@ void split(State& s, const cpu::AttentionArgs& a, const float* q, const int32_t*
   };
   float max = -__builtin_inff();
   for (int64_t i = begin; i < end; ++i) {
-    p[i - begin] = dot(q, k_of(i), a.D) * a.scale;
+    const float score = dot(q, k_of(i), a.D) * a.scale;
+    p[i - begin] = a.softcap > 0 ? a.softcap * tanh_poly(score / a.softcap) : score;
     max = std::max(max, p[i - begin]);
   }
   float sum = 0;
@@ -61,6 +62,14 @@ void join(State& total, const State& next, int64_t D) {
   total.max = max;
 }
 
+// A logit without a value.
+void add_sink(State& total, float sink, int64_t D) {
+  const float max = std::max(total.max, sink);
+  const float keep = exp_poly(total.max - max);
+  total.sum = total.sum * keep + exp_poly(sink - max);
+  for (int64_t d = 0; d < D; ++d) total.acc[d] *= keep;
+}
+
 void items(const void* args, int64_t begin, int64_t end) {
   const auto& a = *static_cast<const cpu::AttentionArgs*>(args);
   State total, next;
@@ -76,11 +85,14 @@ void items(const void* args, int64_t begin, int64_t end) {
     const int32_t* table = a.block_tables + b * a.X;
     const float* q = a.q + item * a.D;
     const int64_t g = h / (a.H / a.G);
-    split(total, a, q, table, g, 0, std::min(kSplit, visible));
-    for (int64_t first = kSplit; first < visible; first += kSplit) {
-      split(next, a, q, table, g, first, std::min(first + kSplit, visible));
+    const int64_t first = a.window > 0 ? std::max(int64_t(0), visible - a.window) : 0;
+    int64_t next_split = (first / kSplit + 1) * kSplit;
+    split(total, a, q, table, g, first, std::min(next_split, visible));
+    for (; next_split < visible; next_split += kSplit) {
+      split(next, a, q, table, g, next_split, std::min(next_split + kSplit, visible));
       join(total, next, a.D);
     }
+    if (a.sinks) add_sink(total, a.sinks[h], a.D);
     for (int64_t d = 0; d < a.D; ++d) out[d] = total.acc[d] / total.sum;
   }
 }

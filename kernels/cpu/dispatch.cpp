@@ -9,7 +9,7 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 1;
+constexpr int32_t kAbi = 2;
 
 struct Isa {
   const char* name;
@@ -20,8 +20,10 @@ struct Isa {
 constexpr Isa kIsas[] = {
     {"portable",
      {cpu::linear_portable, cpu::embed_portable, cpu::rmsnorm_portable, cpu::add_rmsnorm_portable,
-      cpu::rope_table_portable, cpu::rope_kv_write_portable, cpu::attention_portable, cpu::silu_mul_portable,
-      cpu::take_rows_portable, cpu::sample_portable, cpu::logprobs_portable, cpu::kv_read_portable}},
+      cpu::rope_table_portable, cpu::rope_kv_write_portable, cpu::attention_portable, cpu::gated_portable,
+      cpu::softcap_portable, cpu::add_portable, cpu::moe_route_portable, cpu::expert_linear_portable,
+      cpu::moe_combine_portable, cpu::take_rows_portable, cpu::sample_portable, cpu::logprobs_portable,
+      cpu::kv_read_portable}},
 };
 constexpr int32_t kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);
 
@@ -60,7 +62,12 @@ OP(add_rmsnorm, AddRmsnormArgs)
 OP(rope_table, RopeTableArgs)
 OP(rope_kv_write, RopeKvWriteArgs)
 OP(attention, AttentionArgs)
-OP(silu_mul, SiluMulArgs)
+OP(gated, GatedArgs)
+OP(softcap, SoftcapArgs)
+OP(add, AddArgs)
+OP(moe_route, MoeRouteArgs)
+OP(expert_linear, ExpertLinearArgs)
+OP(moe_combine, MoeCombineArgs)
 OP(take_rows, TakeRowsArgs)
 OP(sample, SampleArgs)
 OP(logprobs, LogprobsArgs)

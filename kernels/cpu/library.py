@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-ABI = 1
+ABI = 2
 PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
 
 Array = np.ndarray[Any, Any]
@@ -20,6 +20,11 @@ def pointer(array: Array) -> int:
         raise ValueError(f"array {list(array.shape)} with strides {array.strides} is not dense")
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def optional_pointer(array: Array | None) -> int | None:
+    """The address of a dense array, null for none."""
+    return None if array is None else pointer(array)
 
 
 class Library:

@@ -13,6 +13,7 @@ struct LinearArgs {
   float* out;           // [T, N]
   const float* x;       // [T, K]
   const float* weight;  // [N, K]
+  const float* bias;    // [N] or null
   int64_t T, N, K;
 };
 struct EmbedArgs {
@@ -20,6 +21,7 @@ struct EmbedArgs {
   const int32_t* tokens;  // [T]
   const float* table;     // [V, M]
   int64_t T, M;
+  float scale;
 };
 struct RmsnormArgs {
   float* out;           // [T, M]
@@ -40,7 +42,8 @@ struct AddRmsnormArgs {
 struct RopeTableArgs {
   float* cos_sin;            // [T, 2 * half]
   const int32_t* positions;  // [T]
-  const float* inv_freq;     // [half]
+  const float* inv_freq;     // [W, half]
+  const int32_t* variants;   // [T] or null
   int64_t T, half;
   float scale;
 };
@@ -50,9 +53,10 @@ struct RopeKvWriteArgs {
   const float* qkv;      // [T, (H + 2G) * D]
   const float* cos_sin;  // [T, R]
   const int32_t* slots;  // [T]
-  const float* q_norm;   // [D] or null
-  const float* k_norm;   // [D] or null
+  const float* q_norm;   // [D], [H * D] or null
+  const float* k_norm;   // [D], [G * D] or null
   int64_t T, H, G, S, D, R;
+  int64_t is_row_norm;  // 1: the norms are over all heads of a row
   float eps;
 };
 struct AttentionArgs {
@@ -62,13 +66,56 @@ struct AttentionArgs {
   const int32_t* block_tables;  // [B, X]
   const int32_t* query_starts;  // [B + 1]
   const int32_t* context_lens;  // [B]
+  const float* sinks;           // [H] or null
   int64_t T, H, G, S, D, B, X;
-  float scale;
+  int64_t window;  // 0: none
+  float scale, softcap;  // softcap 0: none
 };
-struct SiluMulArgs {
+struct GatedArgs {
   float* out;            // [T, F]
   const float* gate_up;  // [T, 2F]
   int64_t T, F;
+  int64_t activation;  // its place in kernels.gated.ACTIVATIONS
+  float alpha, limit;
+};
+struct SoftcapArgs {
+  float* out;      // [count]
+  const float* x;  // [count]
+  int64_t count;
+  float cap;
+};
+struct AddArgs {
+  float* out;             // [count]
+  const float* x;         // [count]
+  const float* residual;  // [count]
+  int64_t count;
+};
+struct MoeRouteArgs {
+  float* weights;       // [T, K]
+  int32_t* experts;     // [T, K]
+  const float* logits;  // [T, E]
+  const float* bias;    // [E] or null
+  int64_t T, E, K, num_groups, top_groups;
+  int64_t is_softmax;  // 0: sigmoid
+  int64_t renormalize;
+  float scale;
+};
+struct ExpertLinearArgs {
+  float* out;              // [T, K, N]
+  const float* x;          // [T, I], or [T, K, I]
+  const int32_t* experts;  // [T, K]
+  const float* weight;     // [E, N, I]
+  const float* bias;       // [E, N] or null
+  int64_t T, K, E, N, I;
+  int64_t has_own_rows;  // 1: x is [T, K, I]
+};
+struct MoeCombineArgs {
+  float* out;                // [T, M]
+  const float* y;            // [T, K, M]
+  const float* weights;      // [T, K]
+  const float* shared;       // [T, M] or null
+  const float* shared_gate;  // [T] or null
+  int64_t T, K, M;
 };
 struct TakeRowsArgs {
   float* out;           // [R, M]
@@ -118,7 +165,12 @@ struct Kernels {
   void (*rope_table)(Pool&, const RopeTableArgs&);
   void (*rope_kv_write)(Pool&, const RopeKvWriteArgs&);
   void (*attention)(Pool&, const AttentionArgs&);
-  void (*silu_mul)(Pool&, const SiluMulArgs&);
+  void (*gated)(Pool&, const GatedArgs&);
+  void (*softcap)(Pool&, const SoftcapArgs&);
+  void (*add)(Pool&, const AddArgs&);
+  void (*moe_route)(Pool&, const MoeRouteArgs&);
+  void (*expert_linear)(Pool&, const ExpertLinearArgs&);
+  void (*moe_combine)(Pool&, const MoeCombineArgs&);
   void (*take_rows)(Pool&, const TakeRowsArgs&);
   void (*sample)(Pool&, const SampleArgs&);
   void (*logprobs)(Pool&, const LogprobsArgs&);
@@ -132,7 +184,12 @@ void add_rmsnorm_portable(Pool&, const AddRmsnormArgs&);
 void rope_table_portable(Pool&, const RopeTableArgs&);
 void rope_kv_write_portable(Pool&, const RopeKvWriteArgs&);
 void attention_portable(Pool&, const AttentionArgs&);
-void silu_mul_portable(Pool&, const SiluMulArgs&);
+void gated_portable(Pool&, const GatedArgs&);
+void softcap_portable(Pool&, const SoftcapArgs&);
+void add_portable(Pool&, const AddArgs&);
+void moe_route_portable(Pool&, const MoeRouteArgs&);
+void expert_linear_portable(Pool&, const ExpertLinearArgs&);
+void moe_combine_portable(Pool&, const MoeCombineArgs&);
 void take_rows_portable(Pool&, const TakeRowsArgs&);
 void sample_portable(Pool&, const SampleArgs&);
 void logprobs_portable(Pool&, const LogprobsArgs&);

@@ -11,23 +11,17 @@ void table_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = *static_cast<const cpu::RopeTableArgs*>(args);
   for (int64_t t = begin; t < end; ++t) {
     float* row = a.cos_sin + t * 2 * a.half;
+    const float* inv_freq = a.inv_freq + (a.variants ? a.variants[t] * a.half : 0);
     for (int64_t i = 0; i < a.half; ++i) {
-      const float angle = float(a.positions[t]) * a.inv_freq[i];
+      const float angle = float(a.positions[t]) * inv_freq[i];
       row[i] = float(std::cos(double(angle)) * double(a.scale));
       row[a.half + i] = float(std::sin(double(angle)) * double(a.scale));
     }
   }
 }
 
-// One head: norm where there is a weight, then rotation of its first R elements. `out` is not `x`.
-void rotate(float* out, const float* x, const float* norm, const float* cos_sin, int64_t D, int64_t R,
-            float eps) {
-  float normed[1024];
-  if (norm) {
-    const float scale = rsqrt_poly(dot(x, x, D) / float(D) + eps);
-    for (int64_t d = 0; d < D; ++d) normed[d] = x[d] * scale * norm[d];
-    x = normed;
-  }
+// Rotation of a head's first R elements. `out` is not `x`.
+void rotate(float* out, const float* x, const float* cos_sin, int64_t D, int64_t R) {
   const int64_t half = R / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float c = cos_sin[i], s = cos_sin[half + i], first = x[i], second = x[half + i];
@@ -37,20 +31,40 @@ void rotate(float* out, const float* x, const float* norm, const float* cos_sin,
   for (int64_t d = R; d < D; ++d) out[d] = x[d];
 }
 
+inline float norm_scale(const float* x, int64_t count, float eps) {
+  return rsqrt_poly(dot(x, x, count) / float(count) + eps);
+}
+
+// The heads of q or of k: norm where there is a weight, of each head or of all as one row, then rotation.
+void write_heads(float* out, int64_t out_stride, const float* x, int64_t count, const float* norm,
+                 const float* cos_sin, const cpu::RopeKvWriteArgs& a) {
+  const float row_scale = norm && a.is_row_norm ? norm_scale(x, count * a.D, a.eps) : 0.0f;
+  for (int64_t h = 0; h < count; ++h) {
+    const float* head = x + h * a.D;
+    float normed[1024];
+    if (norm) {
+      const float* weight = a.is_row_norm ? norm + h * a.D : norm;
+      const float scale = a.is_row_norm ? row_scale : norm_scale(head, a.D, a.eps);
+      for (int64_t d = 0; d < a.D; ++d) normed[d] = head[d] * scale * weight[d];
+      head = normed;
+    }
+    rotate(out + h * out_stride, head, cos_sin, a.D, a.R);
+  }
+}
+
 void write_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = *static_cast<const cpu::RopeKvWriteArgs*>(args);
   for (int64_t t = begin; t < end; ++t) {
-    const float* row = a.qkv + t * (a.H + 2 * a.G) * a.D;
+    const float* q = a.qkv + t * (a.H + 2 * a.G) * a.D;
+    const float *k = q + a.H * a.D, *v = k + a.G * a.D;
     const float* cos_sin = a.cos_sin + t * a.R;
-    for (int64_t h = 0; h < a.H; ++h)
-      rotate(a.q + (t * a.H + h) * a.D, row + h * a.D, a.q_norm, cos_sin, a.D, a.R, a.eps);
+    write_heads(a.q + t * a.H * a.D, a.D, q, a.H, a.q_norm, cos_sin, a);
     if (a.slots[t] < 0) continue;
     const int64_t block = a.slots[t] / a.S, offset = a.slots[t] % a.S;
-    for (int64_t g = 0; g < a.G; ++g) {
-      float* k = a.kv_cache + (((block * 2) * a.G + g) * a.S + offset) * a.D;
-      rotate(k, row + (a.H + g) * a.D, a.k_norm, cos_sin, a.D, a.R, a.eps);
-      std::memcpy(k + a.G * a.S * a.D, row + (a.H + a.G + g) * a.D, size_t(a.D) * 4);
-    }
+    float* cached = a.kv_cache + (block * 2 * a.G * a.S + offset) * a.D;
+    write_heads(cached, a.S * a.D, k, a.G, a.k_norm, cos_sin, a);
+    cached += a.G * a.S * a.D;
+    for (int64_t g = 0; g < a.G; ++g) std::memcpy(cached + g * a.S * a.D, v + g * a.D, size_t(a.D) * 4);
   }
 }
 

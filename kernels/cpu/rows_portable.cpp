@@ -1,6 +1,5 @@
-// The ops that are one pass over rows: embedding, taking rows, norms, the gated activation, the cache's reading.
+// The ops that are one pass over rows: embedding, taking rows, norms, the cache's reading.
 // All bound by memory. Threads split rows; a row is one thread's.
-#include <cmath>
 #include <cstring>
 
 #include "math.h"
@@ -20,8 +19,10 @@ void norm_row(float* out, const float* x, const float* weight, int64_t M, float 
 
 void embed_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::EmbedArgs>(args);
-  for (int64_t t = begin; t < end; ++t)
-    std::memcpy(a.out + t * a.M, a.table + int64_t(a.tokens[t]) * a.M, size_t(a.M) * 4);
+  for (int64_t t = begin; t < end; ++t) {
+    const float* row = a.table + int64_t(a.tokens[t]) * a.M;
+    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = row[m] * a.scale;
+  }
 }
 
 void taken_rows(const void* args, int64_t begin, int64_t end) {
@@ -44,16 +45,6 @@ void add_norm_rows(const void* args, int64_t begin, int64_t end) {
   }
 }
 
-void silu_rows(const void* args, int64_t begin, int64_t end) {
-  const auto& a = as<cpu::SiluMulArgs>(args);
-  for (int64_t t = begin; t < end; ++t) {
-    const float* gate = a.gate_up + 2 * t * a.F;
-    const float* up = gate + a.F;
-    float* out = a.out + t * a.F;
-    for (int64_t f = 0; f < a.F; ++f) out[f] = gate[f] / (1.0f + exp_poly(-gate[f])) * up[f];
-  }
-}
-
 void read_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::KvReadArgs>(args);
   for (int64_t t = begin; t < end; ++t)
@@ -72,6 +63,5 @@ void embed_portable(Pool& pool, const EmbedArgs& a) { pool.for_range(a.T, 64, em
 void take_rows_portable(Pool& pool, const TakeRowsArgs& a) { pool.for_range(a.R, 64, taken_rows, &a); }
 void rmsnorm_portable(Pool& pool, const RmsnormArgs& a) { pool.for_range(a.T, 8, norm_rows, &a); }
 void add_rmsnorm_portable(Pool& pool, const AddRmsnormArgs& a) { pool.for_range(a.T, 8, add_norm_rows, &a); }
-void silu_mul_portable(Pool& pool, const SiluMulArgs& a) { pool.for_range(a.T, 8, silu_rows, &a); }
 void kv_read_portable(Pool& pool, const KvReadArgs& a) { pool.for_range(a.T, 64, read_rows, &a); }
 }  // namespace cpu

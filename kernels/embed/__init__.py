@@ -1,4 +1,7 @@
-"""Rows of the embedding table, one per token. Token ids outside 0..V-1 are the caller's bug: undefined."""
+"""Rows of the embedding table, one per token, times `scale` (Gemma: the root of the model size).
+
+Token ids outside 0..V-1 are the caller's bug: undefined.
+"""
 
 from typing import Protocol
 
@@ -13,10 +16,12 @@ class Run(Protocol):
         out_TM: Buffer,  # fp32, out
         tokens_T: Buffer,  # int32
         table_VM: Buffer,  # fp32
+        *,
+        scale: float = 1.0,
     ) -> None: ...
 
 
-def check(out_TM: Buffer, tokens_T: Buffer, table_VM: Buffer) -> None:
+def check(out_TM: Buffer, tokens_T: Buffer, table_VM: Buffer, *, scale: float = 1.0) -> None:
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     _, M = expect("table", table_VM, None, None)
     (T,) = expect("tokens", tokens_T, None)

@@ -1,7 +1,7 @@
 """Embedding in C++."""
 
 from collections.abc import Callable
-from ctypes import Structure, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int64, c_void_p
 
 from vivace.kernels.cpu.library import Array, Library, pointer
 
@@ -16,6 +16,7 @@ class Args(Structure):
         ("table", c_void_p),
         ("T", c_int64),
         ("M", c_int64),
+        ("scale", c_float),
     )
 
 
@@ -27,8 +28,10 @@ def bind(library: Library) -> Callable[..., None]:
         out_TM: Array,
         tokens_T: Array,
         table_VM: Array,
+        *,
+        scale: float = 1.0,
     ) -> None:
         T, M = out_TM.shape
-        call(Args(pointer(out_TM), pointer(tokens_T), pointer(table_VM), T, M))
+        call(Args(pointer(out_TM), pointer(tokens_T), pointer(table_VM), T, M, scale))
 
     return run

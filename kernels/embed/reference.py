@@ -3,6 +3,8 @@
 import torch
 
 
-def run(out_TM: torch.Tensor, tokens_T: torch.Tensor, table_VM: torch.Tensor) -> None:
+def run(
+    out_TM: torch.Tensor, tokens_T: torch.Tensor, table_VM: torch.Tensor, *, scale: float = 1.0
+) -> None:
     """See `kernels.embed`."""
-    out_TM.copy_(table_VM[tokens_T.long()])
+    out_TM.copy_(table_VM[tokens_T.long()] * scale)

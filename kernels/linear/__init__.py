@@ -1,6 +1,6 @@
-"""y = x W^T: every projection of a model.
+"""y = x W^T + bias: every projection of a model.
 
-T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is.
+T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is; the bias comes last.
 """
 
 from typing import Protocol
@@ -16,13 +16,17 @@ class Run(Protocol):
         out_TN: Buffer,  # fp32, out
         x_TK: Buffer,  # fp32
         weight_NK: Buffer,  # fp32
+        bias_N: Buffer | None = None,  # fp32
     ) -> None: ...
 
 
-def check(out_TN: Buffer, x_TK: Buffer, weight_NK: Buffer) -> None:
+def check(out_TN: Buffer, x_TK: Buffer, weight_NK: Buffer, bias_N: Buffer | None = None) -> None:
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     N, K = expect("weight", weight_NK, None, None)
     T, _ = expect("x", x_TK, None, K)
     expect("out", out_TN, T, N)
     for name, buffer in (("out", out_TN), ("x", x_TK), ("weight", weight_NK)):
         expect_dtype(name, buffer, "float32")
+    if bias_N is not None:
+        expect("bias", bias_N, N)
+        expect_dtype("bias", bias_N, "float32")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
 
 
 class Args(Structure):
@@ -14,6 +14,7 @@ class Args(Structure):
         ("out", c_void_p),
         ("x", c_void_p),
         ("weight", c_void_p),
+        ("bias", c_void_p),
         ("T", c_int64),
         ("N", c_int64),
         ("K", c_int64),
@@ -28,8 +29,10 @@ def bind(library: Library) -> Callable[..., None]:
         out_TN: Array,
         x_TK: Array,
         weight_NK: Array,
+        bias_N: Array | None = None,
     ) -> None:
         N, K = weight_NK.shape
-        call(Args(pointer(out_TN), pointer(x_TK), pointer(weight_NK), len(x_TK), N, K))
+        pointers = (*map(pointer, (out_TN, x_TK, weight_NK)), optional_pointer(bias_N))
+        call(Args(*pointers, len(x_TK), N, K))
 
     return run

@@ -3,6 +3,12 @@
 import torch
 
 
-def run(out_TN: torch.Tensor, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> None:
+def run(
+    out_TN: torch.Tensor,
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+) -> None:
     """See `kernels.linear`."""
-    out_TN.copy_(x_TK @ weight_NK.T)
+    y_TN = x_TK @ weight_NK.T
+    out_TN.copy_(y_TN if bias_N is None else y_TN + bias_N)

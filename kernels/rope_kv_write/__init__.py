@@ -1,8 +1,9 @@
-"""After the qkv projection: norm of q and k per head, rotation of both, K and V into the cache.
+"""After the qkv projection: norm of q and k, rotation of both, K and V into the cache.
 
-A row of qkv is H query heads, then G key heads, then G value heads, each of D. The norms are RMSNorm over a
-head, applied when their weights are given. Rotation pairs element i with i + R/2 of the first R = cos_sin.shape[1] elements of
-a head (Hugging Face's rotate_half); the rest pass. Slot = block * S + offset; a negative slot is not written.
+A row of qkv is H query heads, then G key heads, then G value heads, each of D. The norms are RMSNorm, applied
+when their weights are given: over each head, or over the whole row of all heads (OLMo 2, arXiv:2501.00656). Rotation pairs
+element i with i + R/2 of the first R = cos_sin.shape[1] elements of a head (Hugging Face's rotate_half); the rest pass, all of
+them where R is 0. Slot = block * S + offset; a negative slot is not written.
 """
 
 from typing import Protocol
@@ -20,8 +21,8 @@ class Run(Protocol):
         qkv_TX: Buffer,  # fp32 [T, (H + 2G) * D]
         cos_sin_TR: Buffer,  # fp32, from rope_table
         slots_T: Buffer,  # int32, each at most once
-        q_norm_D: Buffer | None = None,  # fp32
-        k_norm_D: Buffer | None = None,  # fp32
+        q_norm: Buffer | None = None,  # fp32 [D] or [H * D]
+        k_norm: Buffer | None = None,  # fp32 [D] or [G * D], as q_norm
         *,
         num_kv_heads: int,
         eps: float,
@@ -34,8 +35,8 @@ def check(
     qkv_TX: Buffer,
     cos_sin_TR: Buffer,
     slots_T: Buffer,
-    q_norm_D: Buffer | None = None,
-    k_norm_D: Buffer | None = None,
+    q_norm: Buffer | None = None,
+    k_norm: Buffer | None = None,
     *,
     num_kv_heads: int,
     eps: float,
@@ -52,12 +53,14 @@ def check(
         raise ValueError(
             f"num_kv_heads ({num_kv_heads}) must divide {H} query heads and fit kv_cache {list(kv_cache.shape)}"
         )
-    if (q_norm_D is None) != (k_norm_D is None):
+    if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm are given together or not at all")
-    for name, norm in (("q_norm", q_norm_D), ("k_norm", k_norm_D)):
-        if norm is not None:
-            expect(name, norm, D)
-            expect_dtype(name, norm, "float32")
+    if q_norm is not None and k_norm is not None:
+        is_per_head = tuple(q_norm.shape) == (D,)
+        expect("q_norm", q_norm, D if is_per_head else H * D)
+        expect("k_norm", k_norm, D if is_per_head else num_kv_heads * D)
+        expect_dtype("q_norm", q_norm, "float32")
+        expect_dtype("k_norm", k_norm, "float32")
     expect_dtype("slots", slots_T, "int32")
     for name, buffer in (("q", q_THD), ("qkv", qkv_TX), ("cos_sin", cos_sin_TR)):
         expect_dtype(name, buffer, "float32")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
 
 MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
 
@@ -26,6 +26,7 @@ class Args(Structure):
         ("S", c_int64),
         ("D", c_int64),
         ("R", c_int64),
+        ("is_row_norm", c_int64),
         ("eps", c_float),
     )
 
@@ -40,8 +41,8 @@ def bind(library: Library) -> Callable[..., None]:
         qkv_TX: Array,
         cos_sin_TR: Array,
         slots_T: Array,
-        q_norm_D: Array | None = None,
-        k_norm_D: Array | None = None,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
         *,
         num_kv_heads: int,
         eps: float,
@@ -51,8 +52,8 @@ def bind(library: Library) -> Callable[..., None]:
             raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {D}")
         S, R = kv_cache.shape[3], cos_sin_TR.shape[1]
         pointers = map(pointer, (q_THD, kv_cache, qkv_TX, cos_sin_TR, slots_T))
-        q_norm = None if q_norm_D is None else pointer(q_norm_D)
-        k_norm = None if k_norm_D is None else pointer(k_norm_D)
-        call(Args(*pointers, q_norm, k_norm, T, H, num_kv_heads, S, D, R, eps))
+        norms = map(optional_pointer, (q_norm, k_norm))
+        is_row_norm = q_norm is not None and len(q_norm) != D
+        call(Args(*pointers, *norms, T, H, num_kv_heads, S, D, R, is_row_norm, eps))
 
     return run

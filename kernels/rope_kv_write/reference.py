@@ -11,8 +11,8 @@ def run(
     qkv_TX: torch.Tensor,
     cos_sin_TR: torch.Tensor,
     slots_T: torch.Tensor,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
     *,
     num_kv_heads: int,
     eps: float,
@@ -21,13 +21,19 @@ def run(
     T, H, D = q_THD.shape
     G, S = num_kv_heads, kv_cache.shape[2]
     q, k, v = qkv_TX.view(T, H + 2 * G, D).split((H, G, G), dim=1)
-    if q_norm_D is not None and k_norm_D is not None:
-        q, k = normed(q, q_norm_D, eps), normed(k, k_norm_D, eps)
+    if q_norm is not None and k_norm is not None:
+        q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
     q_THD.copy_(_rotated(q, cos_sin_TR))
     written = slots_T >= 0
     slots = slots_T[written].long()
     kv_cache[slots // S, 0, slots % S] = _rotated(k, cos_sin_TR)[written]
     kv_cache[slots // S, 1, slots % S] = v[written]
+
+
+def _normed(x_THD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.shape[0] == x_THD.shape[2]:
+        return normed(x_THD, weight, eps)
+    return normed(x_THD.flatten(1), weight, eps).view_as(x_THD)
 
 
 def _rotated(x_THD: torch.Tensor, cos_sin_TR: torch.Tensor) -> torch.Tensor:

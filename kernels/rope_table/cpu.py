@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
 
 
 class Args(Structure):
@@ -14,6 +14,7 @@ class Args(Structure):
         ("cos_sin", c_void_p),
         ("positions", c_void_p),
         ("inv_freq", c_void_p),
+        ("variants", c_void_p),
         ("T", c_int64),
         ("half", c_int64),
         ("scale", c_float),
@@ -28,10 +29,12 @@ def bind(library: Library) -> Callable[..., None]:
         cos_sin_TD: Array,
         positions_T: Array,
         inv_freq: Array,
+        variants_T: Array | None = None,
         *,
         scale: float,
     ) -> None:
-        T, half = len(positions_T), len(inv_freq)
-        call(Args(pointer(cos_sin_TD), pointer(positions_T), pointer(inv_freq), T, half, scale))
+        pointers = map(pointer, (cos_sin_TD, positions_T, inv_freq))
+        T, half = len(positions_T), inv_freq.shape[1]
+        call(Args(*pointers, optional_pointer(variants_T), T, half, scale))
 
     return run

@@ -8,8 +8,11 @@ import numpy as np
 
 from vivace.kernels.backend import Ops
 from vivace.kernels.buffer import DType
+from vivace.kernels.gated import ACTIVATIONS
+from vivace.kernels.moe_route import SCORINGS
 
 Array = np.ndarray[Any, Any]
+Attrs = dict[str, Any]
 FP32, INT32 = DType.FP32, DType.INT32
 
 
@@ -32,8 +35,8 @@ class OpCase:
     name: str
     op: str
     outs: tuple[tuple[tuple[int, ...], DType], ...]
-    ins: tuple[Array | Cache, ...]
-    attrs: dict[str, float | int]
+    ins: tuple[Array | Cache | None, ...]
+    attrs: Attrs
     tolerance: float = 1e-5
 
 
@@ -53,7 +56,7 @@ def compare(case: OpCase, first: Ops, second: Ops) -> float:
 def _run(case: OpCase, ops: Ops) -> list[Array]:
     memory = ops.memory
     outs = [memory.empty(shape, dtype) for shape, dtype in case.outs]
-    ins = [_filled(ops, x) if isinstance(x, Cache) else memory.upload(x) for x in case.ins]
+    ins = [_input(ops, x) for x in case.ins]
     if case.op == "rope_kv_write":
         cache, *rest = ins
         ops.rope_kv_write(outs[0], cache, *rest, **case.attrs)
@@ -64,6 +67,12 @@ def _run(case: OpCase, ops: Ops) -> list[Array]:
         return [np.array(memory.read(x)) for x in (outs[0], k, v)]
     getattr(ops, case.op)(*outs, *ins, **case.attrs)
     return [np.array(memory.read(out)) for out in outs]
+
+
+def _input(ops: Ops, x: Array | Cache | None) -> Any:
+    if x is None:
+        return None
+    return _filled(ops, x) if isinstance(x, Cache) else ops.memory.upload(x)
 
 
 def _filled(ops: Ops, cache: Cache) -> Any:
@@ -91,11 +100,15 @@ def op_cases() -> Iterator[OpCase]:
     for T, N, K in ((1, 768, 256), (7, 33, 65), (64, 640, 256), (512, 256, 512)):
         outs, ins = (((T, N), FP32),), (_normal(rng, T, K), _normal(rng, N, K))
         yield OpCase(f"linear {T}x{N}x{K}", "linear", outs, ins, {})
+        yield OpCase(f"linear+bias {T}x{N}x{K}", "linear", outs, (*ins, _normal(rng, N)), {})
     for T, M in ((1, 256), (7, 33), (129, 512)):
         yield from _row_cases(rng, T, M)
     yield from _rope_cases(rng)
-    for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128)):
-        yield _attention_case(rng, H, G, D)
+    for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128), (4, 1, 256)):
+        yield from _attention_cases(rng, H, G, D)
+    for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
+        yield from _route_cases(rng, T, E, K)
+        yield from _expert_cases(rng, T, E, K)
     for R, V in ((1, 17), (5, 260), (33, 4096)):
         yield from _sampler_cases(rng, R, V)
 
@@ -103,20 +116,26 @@ def op_cases() -> Iterator[OpCase]:
 def _row_cases(rng: np.random.Generator, T: int, M: int) -> Iterator[OpCase]:
     x, residual, weight = _normal(rng, T, M), _normal(rng, T, M), _normal(rng, M)
     out, at = ((T, M), FP32), f"{T}x{M}"
-    eps: dict[str, float | int] = {"eps": 1e-6}
+    eps: Attrs = {"eps": 1e-6}
     yield OpCase(f"rmsnorm {at}", "rmsnorm", (out,), (x, weight), eps)
     yield OpCase(f"add_rmsnorm {at}", "add_rmsnorm", (out, out), (x, residual, weight), eps)
-    yield OpCase(f"silu_mul {at}", "silu_mul", (out,), (_normal(rng, T, 2 * M),), {})
+    gate_up = 4 * _normal(rng, T, 2 * M)
+    for activation in ACTIVATIONS:
+        attrs: Attrs = {"activation": activation}
+        yield OpCase(f"{activation} {at}", "gated", (out,), (gate_up,), attrs)
+    yield OpCase(f"softcap {at}", "softcap", (out,), (40 * x,), {"cap": 30.0})
+    yield OpCase(f"add {at}", "add", (out,), (x, residual), {}, 0.0)
     table = _normal(rng, 50, M)
-    yield OpCase(f"embed {at}", "embed", (out,), (_ints(rng, 50, T), table), {}, 0.0)
+    yield OpCase(f"embed {at}", "embed", (out,), (_ints(rng, 50, T), table), {"scale": 3.0}, 0.0)
     yield OpCase(f"take_rows {at}", "take_rows", (out,), (table, _ints(rng, 50, T)), {}, 0.0)
 
 
 def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
     for T, D in ((1, 8), (33, 64), (200, 128)):
-        inv_freq = (10000.0 ** (-np.arange(0, D, 2) / D)).astype(np.float32)
-        ins = (_ints(rng, 4000, T), inv_freq)
-        yield OpCase(f"rope_table {T}x{D}", "rope_table", (((T, D), FP32),), ins, {"scale": 1.0})
+        exponents = -np.arange(0, D, 2) / D
+        inv_freq = np.array([10000.0**exponents, 500.0**exponents], np.float32)
+        ins = (_ints(rng, 4000, T), inv_freq, _ints(rng, 2, T))
+        yield OpCase(f"rope_table {T}x{D}", "rope_table", (((T, D), FP32),), ins, {"scale": 1.5})
     for T, H, G, D in ((1, 4, 2, 16), (40, 8, 2, 64), (17, 6, 6, 80)):
         slots = rng.permutation(128)[:T].astype(np.int32)
         zeros = np.zeros((T, G, D), np.float32)
@@ -128,14 +147,17 @@ def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
             cos_sin,
             slots,
         )
-        attrs: dict[str, float | int] = {"num_kv_heads": G, "eps": 1e-6}
+        attrs: Attrs = {"num_kv_heads": G, "eps": 1e-6}
         out = (((T, H, D), FP32),)
         yield OpCase(f"rope_kv_write {T}x{H}x{D}", "rope_kv_write", out, ins, attrs)
-        norms = (_normal(rng, D), _normal(rng, D))
-        yield OpCase(f"rope_kv_write+norm {T}x{H}x{D}", "rope_kv_write", out, ins + norms, attrs)
+        for kind, q_heads, k_heads in (("norm", 1, 1), ("row norm", H, G)):
+            more = (*ins, _normal(rng, q_heads * D), _normal(rng, k_heads * D))
+            yield OpCase(f"rope_kv_write+{kind} {T}x{H}x{D}", "rope_kv_write", out, more, attrs)
+        unrotated = (*ins[:2], np.zeros((T, 0), np.float32), slots)
+        yield OpCase(f"kv_write {T}x{H}x{D}", "rope_kv_write", out, unrotated, attrs)
 
 
-def _attention_case(rng: np.random.Generator, H: int, G: int, D: int) -> OpCase:
+def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
     """Two decoding requests and two prompts' chunks in one call, contexts around a split of 256."""
     S, contexts, counts = 16, (257, 31, 256, 600), (1, 1, 7, 64)
     columns = -(-max(contexts) // S)
@@ -150,8 +172,41 @@ def _attention_case(rng: np.random.Generator, H: int, G: int, D: int) -> OpCase:
     cache = Cache(4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     ins = (_normal(rng, T, H, D), cache, tables, starts, np.array(contexts, np.int32))
-    attrs: dict[str, float | int] = {"num_kv_heads": G, "scale": D**-0.5}
-    return OpCase(f"attention {H}/{G}x{D}", "attention", (((T, H, D), FP32),), ins, attrs)
+    attrs: Attrs = {"num_kv_heads": G, "scale": D**-0.5}
+    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}"
+    yield OpCase(f"attention {at}", "attention", outs, ins, attrs)
+    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, _normal(rng, H)), attrs)
+    for window in (1, 100, 256):
+        more: Attrs = attrs | {"window": window, "softcap": 5.0}
+        yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more)
+
+
+def _route_cases(rng: np.random.Generator, T: int, E: int, K: int) -> Iterator[OpCase]:
+    outs, logits, bias = (((T, K), FP32), ((T, K), INT32)), 3 * _normal(rng, T, E), _normal(rng, E)
+    for scoring in SCORINGS:
+        for renormalize in (False, True):
+            attrs: Attrs = {"scoring": scoring, "renormalize": renormalize, "scale": 2.5}
+            at = f"{scoring}{'+renormalize' if renormalize else ''} {T}x{E}x{K}"
+            yield OpCase(f"moe_route {at}", "moe_route", outs, (logits,), attrs)
+            attrs = attrs | {"num_groups": 4, "top_groups": 2}
+            for extra in ((), (bias,)):
+                name = f"moe_route in groups{'+bias' if extra else ''} {at}"
+                yield OpCase(name, "moe_route", outs, (logits, *extra), attrs)
+
+
+def _expert_cases(rng: np.random.Generator, T: int, E: int, K: int) -> Iterator[OpCase]:
+    N, M, at = 33, 65, f"{T}x{E}x{K}"
+    experts, outs = _ints(rng, E, T, K), (((T, K, N), FP32),)
+    weight, bias = _normal(rng, E, N, M), _normal(rng, E, N)
+    for kind, x in (("shared rows", _normal(rng, T, M)), ("own rows", _normal(rng, T, K, M))):
+        ins = (x, experts, weight, bias)
+        yield OpCase(f"expert_linear, {kind} {at}", "expert_linear", outs, ins, {})
+    to_one = (_normal(rng, T, M), np.full((T, K), E - 1, np.int32), weight)
+    yield OpCase(f"expert_linear, all to one {at}", "expert_linear", outs, to_one, {})
+    y, weights, out = _normal(rng, T, K, M), _normal(rng, T, K), (((T, M), FP32),)
+    for more in ((), (_normal(rng, T, M),), (_normal(rng, T, M), _normal(rng, T, 1))):
+        name = f"moe_combine, {('alone', 'shared', 'gated')[len(more)]} {at}"
+        yield OpCase(name, "moe_combine", out, (y, weights, *more), {})
 
 
 def _sampler_cases(rng: np.random.Generator, R: int, V: int) -> Iterator[OpCase]:

@@ -27,7 +27,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.
         ("linear", [(2, 6), (2, 4), (5, 4)], {}, r"out must be \[2, 5\], got \[2, 6\]"),
         ("rmsnorm", [(2, 4), (2, 4), (5,)], {"eps": 1e-6}, r"x must be \[any, 5\]"),
         ("rmsnorm", [(2, 4), (2, 4), (4,)], {"eps": -1.0}, "eps must be at least 0, got -1.0"),
-        ("silu_mul", [(2, 4), (2, 7)], {}, r"gate_up must be \[2, 8\], got \[2, 7\]"),
+        ("gated", [(2, 4), (2, 7)], {}, r"gate_up must be \[2, 8\], got \[2, 7\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_with_both_shapes(backend, op, shapes, attrs, words):
@@ -48,7 +48,7 @@ def test_every_op_counts_as_progress(backend):
     ops = ops_of(backend)
     before = ops.progress()
     for _ in range(3):
-        ops.silu_mul(out(ops, 1, 2), out(ops, 1, 4))
+        ops.gated(out(ops, 1, 2), out(ops, 1, 4))
     assert ops.progress() == before + 3
 
 
@@ -69,7 +69,7 @@ def test_a_strided_array_is_refused_by_the_cpu():
     ops = load(Backend.CPU)
     wide = np.zeros((4, 8), np.float32)
     with pytest.raises(ValueError, match="not dense"):
-        ops.silu_mul(wide[:, ::4], np.zeros((4, 4), np.float32))
+        ops.gated(wide[:, ::4], np.zeros((4, 4), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_struct_of_another_size_is_refused():
         _pack_ = 1
         _fields_ = (*Args._fields_, ("more", ctypes.c_int64))
 
-    with pytest.raises(ImportError, match=r"arguments of linear: 48 bytes.*56 in this package"):
+    with pytest.raises(ImportError, match=r"arguments of linear: 56 bytes.*64 in this package"):
         Library(threads=1).op("linear", Longer)
 
 
@@ -113,7 +113,7 @@ def test_a_library_of_another_abi_is_refused(tmp_path):
     source, path = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int vivace_abi(void) { return 99; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
-    with pytest.raises(ImportError, match="has ABI 99, this package needs 1"):
+    with pytest.raises(ImportError, match="has ABI 99, this package needs 2"):
         Library(threads=1, path=path)
 
 

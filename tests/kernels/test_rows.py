@@ -5,6 +5,7 @@ import pytest
 
 from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
+from vivace.kernels.gated import ACTIVATIONS
 
 ROWS = (0, 1, 2, 3, 4, 5, 7, 33, 70)  # below, at and past the tiles of rows
 WIDTHS = ((1, 1), (5, 3), (16, 64), (33, 45), (130, 17))
@@ -25,11 +26,23 @@ def norm64(x, weight, eps=EPS):
 @each_backend
 @pytest.mark.parametrize("T", ROWS)
 @pytest.mark.parametrize(("N", "K"), WIDTHS)
-def test_linear(backend, T, N, K):
+@pytest.mark.parametrize("has_bias", (False, True))
+def test_linear(backend, T, N, K, has_bias):
     rng = np.random.default_rng(T * 1000 + N)
     ops, x, w = ops_of(backend, 2), normal(rng, T, K), normal(rng, N, K)
-    [got] = run(ops, "linear", [out(ops, T, N)], x, w)
-    close(got, x.astype(np.float64) @ w.T.astype(np.float64))
+    bias = normal(rng, N) if has_bias else None
+    [got] = run(ops, "linear", [out(ops, T, N)], x, w, bias)
+    want = x.astype(np.float64) @ w.T.astype(np.float64)
+    close(got, want + bias if has_bias else want)
+
+
+def test_the_bias_is_added_last():
+    """After 2^24 and -2^24 have cancelled; before, it would be lost."""
+    ops, x = ops_of(Backend.CPU), np.float32([[2**24, 0, 0, 0, -(2**24)]] * 5)
+    [got] = run(
+        ops, "linear", [out(ops, 5, 3)], x, np.ones((3, 5), np.float32), np.float32([1, 2, 3])
+    )
+    assert got.tolist() == [[1, 2, 3]] * 5
 
 
 @each_backend
@@ -57,30 +70,6 @@ def test_the_norm_is_right_over_the_whole_range_of_magnitudes(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("T", ROWS)
-@pytest.mark.parametrize("F", (1, 3, 40, 129))
-def test_silu_mul(backend, T, F):
-    rng = np.random.default_rng(T + F)
-    ops, gate_up = ops_of(backend, 2), 4 * normal(rng, T, 2 * F)
-    [got] = run(ops, "silu_mul", [out(ops, T, F)], gate_up)
-    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
-    close(got, gate / (1 + np.exp(-gate)) * up)
-
-
-@each_backend
-def test_the_gate_is_right_over_the_whole_range_of_the_exponential(backend):
-    """Its exp is our own polynomial."""
-    ops = ops_of(backend)
-    gate = np.linspace(-87, 120, 4001, dtype=np.float32)[None]
-    [got] = run(ops, "silu_mul", [out(ops, 1, 4001)], np.hstack((gate, np.ones_like(gate))))
-    wide = gate.astype(np.float64)
-    want = wide / (1 + np.exp(-wide))
-    assert (np.abs(got - want) <= 4e-7 * np.abs(want) + 1e-36).all()
-    [extreme] = run(ops, "silu_mul", [out(ops, 1, 3)], np.float32([[-1e4, -200, 1e4, 1, 1, 1]]))
-    assert np.allclose(extreme, [[0, 0, 1e4]], atol=1e-30)
-
-
-@each_backend
 @pytest.mark.parametrize("T", (0, 1, 5, 130))
 def test_embed_and_take_rows_copy_rows(backend, T):
     rng = np.random.default_rng(T)
@@ -88,36 +77,67 @@ def test_embed_and_take_rows_copy_rows(backend, T):
     which = rng.integers(0, 11, T).astype(np.int32)
     [got] = run(ops, "embed", [out(ops, T, 7)], which, table)
     assert np.array_equal(got, table[which])
+    [got] = run(ops, "embed", [out(ops, T, 7)], which, table, scale=3.5)
+    assert np.array_equal(got, table[which] * np.float32(3.5))
     [got] = run(ops, "take_rows", [out(ops, T, 7)], table, which)
     assert np.array_equal(got, table[which])
 
 
-@each_backend
-@pytest.mark.parametrize("scale", (1.0, 1.25))
-def test_rope_table(backend, scale):
-    ops = ops_of(backend, 2)
-    positions = np.int32([0, 1, 2, 511, 2047, 131071] * 3)
-    inv_freq = (1 / 10000 ** (np.arange(0, 16, 2, dtype=np.float32) / 16)).astype(np.float32)
-    [got] = run(ops, "rope_table", [out(ops, 18, 16)], positions, inv_freq, scale=scale)
-    angles = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)  # one rounding
-    close(got, np.hstack((np.cos(angles), np.sin(angles))) * scale, 1e-7)
+R = object()  # marks the arrays of a call that have a row per token, by standing before them
+CALLS = [  # op, shapes of the outputs' rows, inputs (shape of a row or of the whole), attributes
+    ("linear", [(33,)], [(R, 45), (33, 45)], {}),
+    ("linear", [(33,)], [(R, 45), (33, 45), (33,)], {}),
+    ("rmsnorm", [(45,)], [(R, 45), (45,)], {"eps": EPS}),
+    ("add_rmsnorm", [(45,), (45,)], [(R, 45), (R, 45), (45,)], {"eps": EPS}),
+    *(("gated", [(45,)], [(R, 90)], {"activation": name}) for name in ACTIVATIONS),
+    ("gated", [(3, 15)], [(R, 3, 30)], {}),
+    ("softcap", [(45,)], [(R, 45)], {"cap": 2.0}),
+    ("add", [(45,)], [(R, 45), (R, 45)], {}),
+    ("moe_combine", [(45,)], [(R, 3, 45), (R, 3), (R, 45), (R, 1)], {}),
+]
 
 
 @pytest.mark.parametrize("threads", (1, 2, 4))
-def test_no_row_depends_on_its_neighbours_or_the_threads(threads):
+@pytest.mark.parametrize(("op", "outs", "ins", "attrs"), CALLS)
+def test_no_row_depends_on_its_neighbours_or_the_threads(threads, op, outs, ins, attrs):
     """Bitwise, on the CPU backend: a row alone, in a small batch and in a large one."""
-    rng = np.random.default_rng(0)
-    alone, many = ops_of(Backend.CPU), ops_of(Backend.CPU, threads)
-    x, w, weight = normal(rng, 70, 45), normal(rng, 33, 45), normal(rng, 45)
-    [linear] = run(many, "linear", [out(many, 70, 33)], x, w)
-    [normed] = run(many, "rmsnorm", [out(many, 70, 45)], x, weight, eps=EPS)
-    gate_up = normal(rng, 70, 90)
-    [gated] = run(many, "silu_mul", [out(many, 70, 45)], gate_up)
+    rng, T = np.random.default_rng(0), 70
+    inputs = [normal(rng, *(T if size is R else size for size in shape)) for shape in ins]
+    compare_slices(threads, op, outs, inputs, [R in shape for shape in ins], attrs)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 4))
+@pytest.mark.parametrize("scoring", ("softmax", "sigmoid"))
+@pytest.mark.parametrize("renormalize", (False, True))
+def test_no_token_depends_on_where_the_others_go(threads, scoring, renormalize):
+    """Bitwise: routing in groups, and the experts' projections."""
+    rng, T, E, K = np.random.default_rng(0), 70, 12, 3
+    inputs = [normal(rng, T, E), normal(rng, E)]
+    groups = {"num_groups": 4, "top_groups": 2}
+    attrs = {"scoring": scoring, "renormalize": renormalize, **groups}
+    outs = [(K,), (K, np.int32)]
+    _, experts = compare_slices(threads, "moe_route", outs, inputs, (True, False), attrs)
+    for x in (normal(rng, T, 45), normal(rng, T, K, 45)):
+        inputs = [x, experts, normal(rng, E, 33, 45), normal(rng, E, 33)]
+        rows = (True, True, False, False)
+        compare_slices(threads, "expert_linear", [(K, 33)], inputs, rows, {})
+
+
+def compare_slices(threads, op, outs, inputs, has_rows, attrs):
+    """Run all rows on several threads, then some of them alone. Returns the outputs of all."""
+
+    def call(ops, start, end):
+        parts = [x[start:end] if rows else x for x, rows in zip(inputs, has_rows, strict=True)]
+        buffers = [
+            out(ops, end - start, *(n for n in shape if isinstance(n, int)),
+                dtype=np.int32 if np.int32 in shape else np.float32)
+            for shape in outs
+        ]  # fmt: skip
+        return run(ops, op, buffers, *parts, **attrs)
+
+    alone = ops_of(Backend.CPU)
+    whole = call(ops_of(Backend.CPU, threads), 0, len(inputs[0]))
     for start, end in ((0, 1), (13, 14), (3, 10), (63, 66), (69, 70), (5, 68)):
-        count = end - start
-        [part] = run(alone, "linear", [out(alone, count, 33)], x[start:end], w)
-        assert np.array_equal(part, linear[start:end])
-        [part] = run(alone, "rmsnorm", [out(alone, count, 45)], x[start:end], weight, eps=EPS)
-        assert np.array_equal(part, normed[start:end])
-        [part] = run(alone, "silu_mul", [out(alone, count, 45)], gate_up[start:end])
-        assert np.array_equal(part, gated[start:end])
+        for part, all_rows in zip(call(alone, start, end), whole, strict=True):
+            assert np.array_equal(part, all_rows[start:end])
+    return whole

@@ -1,0 +1,84 @@
+"""Calls that do not fit are refused in words that say what would have, by every backend alike."""
+
+import numpy as np
+import pytest
+
+from tests.kernels.arrays import BACKENDS, ops_of
+from vivace.kernels.buffer import DType
+
+CACHE = "cache"  # of 4 blocks of 16 tokens, 2 heads of 8
+
+
+def f(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def i(*shape):
+    return np.zeros(shape, np.int32)
+
+
+ATTENTION = (f(3, 4, 8), f(3, 4, 8), CACHE, i(1, 2), i(2), i(1))
+HEADS = {"num_kv_heads": 2, "scale": 1.0}
+QKV = (f(3, 4, 8), CACHE, f(3, 64), f(3, 8), i(3))
+NORM = {"num_kv_heads": 2, "eps": 1e-6}
+ROUTE = (f(2, 3), i(2, 3), f(2, 12))
+SOFTMAX = {"scoring": "softmax", "renormalize": True}
+EXPERTS = (f(2, 3, 5), f(2, 7), i(2, 3), f(4, 5, 7))
+REFUSED = [
+    ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
+    ("linear", (f(2, 5), f(2, 4), f(5, 4), i(5)), {}, "bias must hold float32"),
+    ("rope_table", (f(2, 8), i(2), f(4)), {"scale": 1.0}, r"inv_freq must be \[any, any\]"),
+    ("rope_table", (f(2, 8), i(2), f(0, 4)), {"scale": 1.0}, "inv_freq must have a row"),
+    ("rope_table", (f(2, 8), i(2), f(1, 4), i(3)), {"scale": 1.0}, r"variants must be \[2\]"),
+    ("rope_table", (f(2, 8), i(2), f(1, 4), f(2)), {"scale": 1.0}, "variants must hold int32"),
+    ("rope_kv_write", (*QKV, f(8), f(16)), NORM, r"k_norm must be \[8\], got \[16\]"),
+    ("rope_kv_write", (*QKV, f(32), f(8)), NORM, r"k_norm must be \[16\], got \[8\]"),
+    ("rope_kv_write", (*QKV, f(16), f(16)), NORM, r"q_norm must be \[32\], got \[16\]"),
+    ("rope_kv_write", (*QKV, f(8), None), NORM, "q_norm and k_norm are given together"),
+    ("attention", (*ATTENTION, f(2)), HEADS, r"sinks must be \[4\], got \[2\]"),
+    ("attention", (*ATTENTION, i(4)), HEADS, "sinks must hold float32"),
+    ("attention", ATTENTION, HEADS | {"window": -1}, "window must be at least 0, got -1"),
+    ("attention", ATTENTION, HEADS | {"softcap": -2.0}, "softcap must be at least 0, got -2.0"),
+    ("gated", (f(4), f(8)), {}, r"out must have at least two dimensions, got \[4\]"),
+    ("gated", (f(2, 3, 4), f(2, 4, 8)), {}, r"gate_up must be \[2, 3, 8\], got \[2, 4, 8\]"),
+    ("gated", (f(2, 4), f(2, 8)), {"activation": "relu"}, "one of silu, gelu, .*got 'relu'"),
+    ("gated", (f(2, 4), f(2, 8)), {"limit": -1.0}, "limit must be positive, got -1.0"),
+    ("softcap", (f(2, 4), f(2, 5)), {"cap": 1.0}, r"out must be \[2, 5\], got \[2, 4\]"),
+    ("softcap", (f(2, 4), f(2, 4)), {"cap": 0.0}, "cap must be positive, got 0.0"),
+    ("add", (f(2, 4), f(2, 4), f(1, 4)), {}, r"residual must be \[2, 4\], got \[1, 4\]"),
+    ("add", (f(8), f(2, 4), f(2, 4)), {}, r"out must be \[2, 4\], got \[8\]"),
+    ("moe_route", (f(2, 3), i(2, 4), f(2, 12)), SOFTMAX, r"experts must be \[2, 3\]"),
+    ("moe_route", (f(2, 3), f(2, 3), f(2, 12)), SOFTMAX, "experts must hold int32"),
+    ("moe_route", (*ROUTE, f(3)), SOFTMAX, r"bias must be \[12\], got \[3\]"),
+    ("moe_route", ROUTE, SOFTMAX | {"scoring": "max"}, "one of softmax, sigmoid, got 'max'"),
+    ("moe_route", ROUTE, SOFTMAX | {"num_groups": 5}, r"num_groups \(5\) must divide 12"),
+    ("moe_route", ROUTE, SOFTMAX | {"num_groups": 0}, r"num_groups \(0\) must divide 12"),
+    ("moe_route", ROUTE, SOFTMAX | {"num_groups": 3, "top_groups": 4}, "1 to 3, got 4"),
+    ("moe_route", ROUTE, SOFTMAX | {"num_groups": 3, "top_groups": 0}, "1 to 3, got 0"),
+    ("moe_route", ROUTE, SOFTMAX | {"num_groups": 6}, "must be 1 to 2 .*, got 3"),
+    ("moe_route", (f(2, 0), i(2, 0), f(2, 12)), SOFTMAX, "must be 1 to 12 .*, got 0"),
+    ("moe_route", (f(2, 13), i(2, 13), f(2, 12)), SOFTMAX, "must be 1 to 12 .*, got 13"),
+    ("expert_linear", (f(2, 3, 4), *EXPERTS[1:]), {}, r"out must be \[2, 3, 5\]"),
+    ("expert_linear", (EXPERTS[0], f(2, 2, 7), *EXPERTS[2:]), {}, r"x must be \[2, 3, 7\]"),
+    ("expert_linear", (EXPERTS[0], f(3, 7), *EXPERTS[2:]), {}, r"x must be \[2, 7\]"),
+    ("expert_linear", (*EXPERTS[:2], f(2, 3), EXPERTS[3]), {}, "experts must hold int32"),
+    ("expert_linear", (*EXPERTS, f(5)), {}, r"bias must be \[4, 5\], got \[5\]"),
+    ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 4)), {}, r"weights must be \[2, 3\]"),
+    ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 3), f(2, 4)), {}, r"shared must be \[2, 5\]"),
+    ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 3), f(2, 5), f(2)), {}, r"shared_gate must be \[2, 1\]"),
+    ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 3), None, f(2, 1)), {}, "only with shared"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+@pytest.mark.parametrize(("op", "arrays", "attrs", "words"), REFUSED)
+def test_a_call_that_does_not_fit_is_refused(backend, op, arrays, attrs, words):
+    memory = ops_of(backend).memory
+    buffers = [
+        memory.kv_cache(4, 16, 2, 8, DType.FP32)
+        if isinstance(x, str)
+        else x if x is None else memory.upload(x)
+        for x in arrays
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        getattr(ops_of(backend), op)(*buffers, **attrs)
