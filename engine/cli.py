@@ -6,7 +6,8 @@ from pathlib import Path
 from vivace.engine.config import Config
 from vivace.engine.errors import ArtifactError
 from vivace.engine.models.decoder import emit
-from vivace.engine.models.spec import read_generation_defaults, read_spec
+from vivace.engine.models.generation_config import read_generation_defaults
+from vivace.engine.models.hf_config import read_spec
 from vivace.engine.plan import kv_token_bytes, make_plan, num_parameters, read_machine
 
 

@@ -23,13 +23,14 @@ from vivace.engine.events import (
 )
 from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
-from vivace.engine.models.spec import read_generation_defaults, read_spec
+from vivace.engine.models.generation_config import read_generation_defaults
+from vivace.engine.models.hf_config import read_spec
 from vivace.engine.plan import Plan, make_plan, num_parameters, read_machine
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 from vivace.engine.runner import Runner
 from vivace.engine.sampler import RowLogprobs, Sampler
-from vivace.engine.scheduler import Chunk, Scheduler
+from vivace.engine.scheduler import Chunk, ContextRules, Scheduler
 from vivace.kernels import backend
 
 Clock = Callable[[], float]
@@ -54,7 +55,14 @@ class EngineCore:
     """Owned by one thread. `progress` alone may be called from another."""
 
     def __init__(
-        self, config: Config, plan: Plan, runner: Runner, *, info: EngineInfo, clock: Clock
+        self,
+        config: Config,
+        plan: Plan,
+        runner: Runner,
+        *,
+        context: ContextRules,
+        info: EngineInfo,
+        clock: Clock,
     ) -> None:
         self.info = info
         block_tokens = config.cache.block_tokens
@@ -66,8 +74,14 @@ class EngineCore:
             self._prefix,
             block_tokens=block_tokens,
             prefix_sharing=config.cache.prefix_sharing,
+            context=context,
         )
-        self._batcher = Batcher(config.scheduler.max_running, plan.max_blocks, block_tokens)
+        self._batcher = Batcher(
+            config.scheduler.max_running,
+            plan.max_blocks,
+            block_tokens,
+            long_rope_from=context.long_rope_from,
+        )
         self._runner = runner
         self._sampler = Sampler(runner.ops, plan.max_rows, info.vocab_size)
         self._clock = clock
@@ -239,7 +253,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
         ops = backend.load(config.backend, threads=plan.threads, isa=config.cpu.isa)
     else:
         ops = backend.load(config.backend, device=config.device)
-    arrays = weights.load(config.model, program, spec.names, progress)
+    arrays = weights.load(config.model, program, spec.architecture, progress)
     runner = Runner(
         program,
         ops,
@@ -265,4 +279,5 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
         max_waiting=config.scheduler.max_waiting,
         load_s=time.monotonic() - start,
     )
-    return EngineCore(config, plan, runner, info=info, clock=time.monotonic)
+    context = ContextRules(window=spec.window, long_rope_from=spec.long_rope_from)
+    return EngineCore(config, plan, runner, context=context, info=info, clock=time.monotonic)

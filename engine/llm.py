@@ -12,7 +12,7 @@ from vivace.engine.completion import Completion, TextEvent
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
-from vivace.engine.models.spec import read_generation_defaults
+from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.sampling import ModelLimits, SamplingParams, check_prompt, resolve
 from vivace.engine.tokenizer import Tokenizer
 

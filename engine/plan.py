@@ -11,7 +11,7 @@ from pathlib import Path
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of
-from vivace.engine.models.spec import ModelSpec
+from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
 
@@ -107,6 +107,17 @@ def num_parameters(program: Program) -> int:
     """Numbers in the weights; tied ones count once."""
     weights = (value for value in values_of(program) if value.kind is Kind.WEIGHT)
     return sum(prod(sized(value.shape, {})) for value in weights)
+
+
+def num_active_parameters(program: Program, spec: ModelSpec) -> int:
+    """Numbers in the weights that a token meets: of each layer's experts, those it is sent to."""
+    idle = 0
+    for layer in spec.layers:
+        if isinstance(moe := layer.mlp, MoeSpec):
+            matrices = 3 * moe.hidden_size * spec.model_size
+            biases = 2 * moe.hidden_size + spec.model_size if moe.expert_bias else 0
+            idle += (moe.num_experts - moe.top_k) * (matrices + biases)
+    return num_parameters(program) - idle
 
 
 def kv_token_bytes(spec: ModelSpec) -> int:

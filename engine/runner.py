@@ -62,8 +62,7 @@ class Runner:
             if value.kind is Kind.WEIGHT:
                 self._fixed[i] = ops.memory.upload(weights[value.name])
             elif value.kind is Kind.CONSTANT:
-                numbers = np.array([program.constants[value]], np.float32)
-                self._fixed[i] = ops.memory.upload(numbers)
+                self._fixed[i] = ops.memory.upload(program.constants[value])
             elif value.kind is Kind.CACHE:
                 G, D = sized(value.shape, {})
                 cache = ops.memory.kv_cache(num_blocks, block_tokens, G, D, value.dtype)

@@ -16,7 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError, EngineDied
 from vivace.engine.events import EngineInfo
-from vivace.engine.models.spec import read_generation_defaults
+from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.runtimes.native import Child, NativeEngine
 from vivace.engine.tokenizer import Tokenizer
 from vivace.serving import reflection

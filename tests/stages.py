@@ -67,7 +67,7 @@ def package() -> None:
 def check_wheel(wheel: Path) -> None:
     """Raise RuntimeError unless the wheel holds all that lies in the folders (but results), and one library."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    suffixes = (".py", ".pyi", ".json", ".proto")
+    suffixes = (".py", ".pyi", ".json", ".toml", ".proto")
     files = [path for folder in CODE for path in (ROOT / folder).rglob("*")]
     files = [path for path in files if not path.is_relative_to(ROOT / "bench" / "results")]
     wanted = {f"vivace/{path.relative_to(ROOT)}" for path in files if path.suffix in suffixes}

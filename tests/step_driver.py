@@ -3,6 +3,7 @@
 Also the oracle: what transformers says about the same tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
+from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Program, Symbol
-from vivace.engine.models.spec import read_spec
 from vivace.engine.runner import Runner
 from vivace.kernels.backend import Ops
 
@@ -30,6 +31,11 @@ class Request:
     blocks: list[int]
     num_computed: int = 0
 
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to be computed."""
+        return len(self.tokens) - self.num_computed
+
 
 @dataclass
 class Driver:
@@ -38,6 +44,7 @@ class Driver:
     program: Program
     runner: Runner
     block_tokens: int
+    long_rope_from: int | None = None  # tokens that a request has before all of it is rotated anew
     free: list[int] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int], max_tokens: int) -> Request:
@@ -58,6 +65,7 @@ class Driver:
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
+        variants: list[int] = []
         starts = [0]
         for request, count in chunks:
             end = request.num_computed + count
@@ -65,6 +73,7 @@ class Driver:
             span = range(request.num_computed, end)
             positions += span
             slots += [request.blocks[p // S] * S + p % S for p in span]
+            variants += [self.is_long(len(request.tokens))] * count
             starts.append(len(tokens))
             request.num_computed = end
         columns = max(-(-request.num_computed // S) for request, _ in chunks)
@@ -78,10 +87,15 @@ class Driver:
             "query_starts": starts,
             "context_lens": [request.num_computed for request, _ in chunks],
             "rows": list(wanted),
+            "rope_variants": variants,
         }
         arrays = {name: np.array(values, np.int32) for name, values in inputs.items()}
         logits = self.runner.step(arrays)
         return np.array(self.runner.ops.memory.read(logits))  # a copy: the next step writes over it
+
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens takes the factors of long contexts."""
+        return self.long_rope_from is not None and num_tokens > self.long_rope_from
 
     def prompt_logits(self, tokens: Sequence[int], chunk: int) -> Array:
         """Logits of every position, the prompt cut into chunks."""
@@ -99,8 +113,13 @@ class Driver:
         requests = [self.add(prompt, len(prompt) + steps) for prompt in prompts]
         found: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        for step in range(steps):
-            chunks = [(requests[i], len(prompts[i]) if step == 0 else 1) for i in running]
+        for _ in range(steps):
+            for i in running:
+                if self.is_long(len(requests[i].tokens)) != self.is_long(
+                    len(requests[i].tokens) - 1
+                ):
+                    requests[i].num_computed = 0
+            chunks = [(requests[i], requests[i].num_pending) for i in running]
             chosen = self.step(chunks, rows="last").argmax(axis=1).tolist()
             for i, token in zip(running, chosen, strict=True):
                 found[i].append(token)
@@ -124,7 +143,7 @@ def make_driver(
     """Load a checkpoint; blocks are handed out in a random order."""
     spec = read_spec(directory)
     program = emit(spec)
-    loaded = weights.load(directory, program, spec.names, lambda done, total: None)
+    loaded = weights.load(directory, program, spec.architecture, lambda done, total: None)
     most = {
         Symbol.T: max_tokens,
         Symbol.B: 64,
@@ -136,7 +155,7 @@ def make_driver(
         program, ops, loaded, most=most, num_blocks=num_blocks, block_tokens=block_tokens
     )
     order = np.random.default_rng(3).permutation(num_blocks).tolist()
-    return Driver(program, runner, block_tokens, order)
+    return Driver(program, runner, block_tokens, spec.long_rope_from, order)
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,9 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         ).eval()
+        rope = self.model.config.rope_parameters
+        is_longrope = rope.get("rope_type") == "longrope"
+        self._long_rope_from = rope["original_max_position_embeddings"] if is_longrope else math.inf
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Array:
@@ -170,6 +192,7 @@ class Oracle:
     def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[Greedy]:
         """Greedy continuations of prompts of one length."""
         tokens = torch.tensor([list(prompt) for prompt in prompts])
+        known = tokens
         cache = None
         chosen: list[Any] = []
         margins: list[Any] = []
@@ -180,6 +203,9 @@ class Oracle:
             chosen.append(best.indices[:, 0])
             margins.append(best.values[:, 0] - best.values[:, 1])
             tokens = best.indices[:, :1]
+            known = torch.cat((known, tokens), dim=1)
+            if known.shape[1] == self._long_rope_from + 1:  # as transformers' `generate` does
+                tokens, cache = known, None
         rows = zip(torch.stack(chosen, 1).tolist(), torch.stack(margins, 1).tolist(), strict=True)
         return [Greedy(row, leads) for row, leads in rows]
 

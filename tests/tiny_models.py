@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 BEGIN, END, TURN, PAD = "<|begin|>", "<|end|>", "<|turn|>", "<|pad|>"
 VOCAB_SIZE = 260  # 256 bytes, then the four above
@@ -15,7 +15,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 STD = 0.1  # of every weight: large enough that a mistake shows in the logits
-KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -42,13 +41,16 @@ def make_checkpoint(
     chat_template: str | None = CHAT_TEMPLATE,
     **config_overrides: Any,
 ) -> Path:
-    """Write a random model of `kind` ("llama" or "qwen3") and its tokenizer; returns `directory`.
+    """Write a random model of `kind` (transformers' `model_type`) and its tokenizer; returns
+    `directory`.
 
     `config_overrides` are fields of the transformers config. Norm weights are random too.
     """
-    config_type, model_type = KINDS[kind]
-    config = config_type(**(SHAPE | config_overrides))
-    model = model_type(config)
+    fields = SHAPE | config_overrides
+    if fields["head_dim"] is None:  # not every config has one
+        del fields["head_dim"]
+    config = CONFIG_MAPPING[kind](**fields)
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

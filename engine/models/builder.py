@@ -1,7 +1,13 @@
 """What emitters write programs with. One emitter per kind of block; none knows the whole model."""
 
-from vivace.engine.models.program import Call, Kind, Program, Size, Value
+from typing import Any
+
+import numpy as np
+
+from vivace.engine.models.program import Attr, Call, Kind, Program, Size, Value
 from vivace.kernels.buffer import DType
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Builder:
@@ -9,20 +15,22 @@ class Builder:
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
-        self._constants: dict[Value, tuple[float, ...]] = {}
+        self._constants: dict[Value, Array] = {}
         self._num_values = 0
 
-    def weight(self, name: str, *shape: int, parts: tuple[int, ...] = ()) -> Value:
+    def weight(
+        self, name: str, *shape: int, parts: tuple[int, ...] = (), plus: float = 0.0
+    ) -> Value:
         """Name a weight; the loader finds it in the checkpoint, or says that it is missing.
 
-        `parts`: the rows of each tensor it is joined from, if there is more than one.
+        `parts`: the rows of each tensor it is joined from, if there is more than one. `plus` is
+        added to what the checkpoint holds.
         """
-        assert not parts or sum(parts) == shape[0]
-        return Value(name, Kind.WEIGHT, shape, DType.FP32, parts=parts or shape[:1])
+        return Value(name, Kind.WEIGHT, shape, DType.FP32, parts=parts, plus=plus)
 
-    def constant(self, name: str, numbers: tuple[float, ...]) -> Value:
-        """A row of numbers that follow from the spec, [1, n]."""
-        value = Value(name, Kind.CONSTANT, (1, len(numbers)), DType.FP32)
+    def constant(self, name: str, numbers: Array) -> Value:
+        """An fp32 array that follows from the spec."""
+        value = Value(name, Kind.CONSTANT, numbers.shape, DType.FP32)
         self._constants[value] = numbers
         return value
 
@@ -34,10 +42,10 @@ class Builder:
         """The KV blocks of one layer."""
         return Value(name, Kind.CACHE, (num_kv_heads, head_dim), DType.FP32)
 
-    def activation(self, op: str, *shape: Size) -> Value:
+    def activation(self, op: str, *shape: Size, dtype: DType = DType.FP32) -> Value:
         """A fresh result for a call to `op`."""
         self._num_values += 1
-        return Value(f"{op}_{self._num_values}", Kind.ACTIVATION, shape, DType.FP32)
+        return Value(f"{op}_{self._num_values}", Kind.ACTIVATION, shape, dtype)
 
     def view(self, value: Value, *shape: Size) -> Value:
         """The same elements under another shape; the caller sees to it that their number is the
@@ -49,15 +57,16 @@ class Builder:
         op: str,
         outs: tuple[Value, ...],
         ins: tuple[Value, ...],
-        attrs: tuple[tuple[str, float | int], ...] = (),
+        attrs: tuple[tuple[str, Attr], ...] = (),
     ) -> None:
         """Append an op."""
         self._calls.append(Call(op, outs, ins, attrs))
 
-    def linear(self, x_TK: Value, weight_NK: Value) -> Value:
-        """Append x W^T."""
+    def linear(self, x_TK: Value, weight_NK: Value, bias_N: Value | None = None) -> Value:
+        """Append x W^T + bias."""
         out_TN = self.activation("linear", x_TK.shape[0], weight_NK.shape[0])
-        self.call("linear", (out_TN,), (x_TK, weight_NK))
+        bias = () if bias_N is None else (bias_N,)
+        self.call("linear", (out_TN,), (x_TK, weight_NK, *bias))
         return out_TN
 
     def take_rows(self, x_TM: Value, rows_R: Value) -> Value:

@@ -2,13 +2,14 @@
 file, key and value."""
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vivace.engine.errors import ArtifactError
 
 MAX_FILE_BYTES = 64 << 20
+LEAST, MOST = 1e-20, 1e20  # of numbers: what is computed from them stays finite in fp32
 
 
 class Fields:
@@ -37,11 +38,28 @@ class Fields:
             words = " or ".join(json.dumps(a) for a in allowed)
             raise self.refuse(key, f"only {words} is supported")
 
-    def known(self, *keys: str) -> None:
-        """Raise ArtifactError for a field that is none of these."""
+    def only_keys(self, *keys: str) -> None:
+        """Raise ArtifactError for a key, be it null, that is none of these and does not begin with
+        an underscore."""
         for key in self._values:
-            if key in self and key not in keys:
-                raise self.refuse(key, "this field is not supported here")
+            if key not in keys and not key.startswith("_"):
+                raise self.refuse(key, "this key is not supported here")
+
+    def renamed(self, names: Mapping[str, str]) -> "Fields":
+        """The same object with some keys under other names. Raises ArtifactError if both are there
+        and differ."""
+        values = dict(self._values)
+        for old, new in names.items():
+            if old in self:
+                if new in self and values[new] != values[old]:
+                    raise self.refuse(old, f"{new} is {_shown(values[new])}")
+                values[new] = values[old]
+            values.pop(old, None)
+        return Fields(self.file, values)
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Fields":
+        """The same object with values for keys that are absent (not for those that are null)."""
+        return Fields(self.file, {**defaults, **self._values})
 
     def whole(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = 2**31 - 1
@@ -52,16 +70,31 @@ class Fields:
             raise self.refuse(key, f"it must be a whole number in {low}..{high}")
         return value
 
-    def real(self, key: str, default: float | None = None, *, low: float = 0.0) -> float:
-        """A finite number above `low`; without a default it must be there."""
+    def real(
+        self, key: str, default: float | None = None, *, low: float = LEAST, high: float = MOST
+    ) -> float:
+        """A number in low..high; without a default it must be there."""
         value = self._present(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not low < value < math.inf
-        ):
-            raise self.refuse(key, f"it must be a finite number above {low:g}")
+        if not _is_real(value, low, high):
+            raise self.refuse(key, f"it must be a number in {low:g}..{high:g}")
         return float(value)
+
+    def whole_list(self, key: str) -> list[int]:
+        """Whole numbers from 0 on; none if absent."""
+        value = self._values.get(key)
+        values = [] if value is None else value
+        if not isinstance(values, list) or any(type(n) is not int or n < 0 for n in values):
+            raise self.refuse(key, "it must be a list of whole numbers from 0 on")
+        return values
+
+    def real_list(self, key: str) -> list[float]:
+        """Positive numbers; it must be there."""
+        values = self._present(key, None)
+        if not isinstance(values, list) or not values:
+            raise self.refuse(key, "it must be a list of numbers")
+        if not all(_is_real(value, LEAST, MOST) for value in values):
+            raise self.refuse(key, f"its numbers must be in {LEAST:g}..{MOST:g}")
+        return [float(x) for x in values]
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -93,6 +126,10 @@ class Fields:
         if default is None:
             raise ArtifactError(f"{self.file}: {key} is missing")
         return default
+
+
+def _is_real(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
 
 
 def read_fields(path: Path) -> Fields:

@@ -7,6 +7,9 @@ none in whoever runs it, depends on how many tokens there are.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
+
+import numpy as np
 
 from vivace.kernels.buffer import DType
 
@@ -22,6 +25,8 @@ class Symbol(Enum):
 
 
 Size = int | Symbol
+Attr = float | int | str
+Array = np.ndarray[Any, np.dtype[np.float32]]
 Sizes = Mapping[Symbol, int]
 
 
@@ -43,7 +48,9 @@ class Value:
     kind: Kind
     shape: tuple[Size, ...]
     dtype: DType
-    parts: tuple[int, ...] = ()  # of a weight: the rows of each checkpoint tensor it is joined from
+    # Of a weight: the rows of each checkpoint tensor it is joined from, if there is more than one.
+    parts: tuple[int, ...] = ()
+    plus: float = 0.0  # of a weight: added to what the checkpoint holds
     of: "Value | None" = None  # the same memory as this activation, under another shape
 
     @property
@@ -60,7 +67,7 @@ class Call:
     op: str  # a field of `kernels.backend.Ops`
     outs: tuple[Value, ...]
     ins: tuple[Value, ...]
-    attrs: tuple[tuple[str, float | int], ...] = ()
+    attrs: tuple[tuple[str, Attr], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,7 @@ class Program:
 
     calls: tuple[Call, ...]
     logits: Value
-    constants: dict[Value, tuple[float, ...]] = field(default_factory=dict)  # fp32 vectors
+    constants: dict[Value, Array] = field(default_factory=dict)
 
 
 def values_of(program: Program) -> list[Value]:

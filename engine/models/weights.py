@@ -10,8 +10,7 @@ import json
 import mmap
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,6 +18,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from vivace.engine.errors import ArtifactError
+from vivace.engine.models.architecture import Architecture, read_architecture
 from vivace.engine.models.json_fields import read_fields
 from vivace.engine.models.program import Kind, Program, Value, sized, values_of
 
@@ -45,6 +45,9 @@ BITS = {
     "F64": 64,
 }
 READABLE = ("F32", "F16", "BF16")
+HARMLESS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # follow from the config
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +80,42 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """A tensor-name map: what each of our weights is called in a checkpoint, `{i}` standing for the
-    layer."""
+class Piece:
+    """A part of a weight, and the tensor that it is read from."""
 
-    weights: Mapping[str, list[str]]
-    harmless: list[str]  # tensors that say nothing new
-    same_as: Mapping[str, str]  # tensors that may be there if they equal another
+    tensor: str
+    place: tuple[int | slice, ...]  # within the weight
+    shape: tuple[int, ...]  # within the file
+    transposed: bool  # stored [..., inputs, outputs]
+    interleaved: bool  # stored gate, up, gate, up ...
 
 
 def load(
-    directory: Path, program: Program, names: str, progress: Progress
+    directory: Path, program: Program, architecture: str, progress: Progress
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """The weights of the program in fp32, by our names. `names` is the tensor-name map.
+    """The weights of the program in fp32, by our names; the architecture's file knows the
+    checkpoint's.
 
     An fp32 tensor that is a weight by itself stays a view of the mapped file. Raises ArtifactError
     naming the file or the tensor, and then nothing was converted yet.
     """
     tensors = open_checkpoint(directory)
-    parts = _match(directory, program, read_names(names), tensors)
-    total = sum(tensor.num_bytes for sources in parts.values() for tensor in sources)
+    pieces = _match(directory, program, read_architecture(architecture), tensors)
+    total = sum(tensors[p.tensor].num_bytes for parts in pieces.values() for p in parts)
     weights: dict[str, Array] = {}
     done = 0
     progress(done, total)
-    for value, sources in parts.items():
-        weights[value.name] = _joined(value, sources)
-        done += sum(tensor.num_bytes for tensor in sources)
+    for value, parts in pieces.items():
+        weights[value.name] = _joined(value, parts, tensors)
+        done += sum(tensors[piece.tensor].num_bytes for piece in parts)
         progress(done, total)
     return weights
 
 
-def read_names(names: str) -> Names:
-    """A tensor-name map of ours, from `names/`."""
-    path = resources.files("vivace.engine.models") / "names" / f"{names}.json"
-    table = json.loads(path.read_text("utf-8"))
-    return Names(table["weights"], table["harmless"], table["same_as"])
+def check(directory: Path, program: Program, architecture: str) -> None:
+    """Raise the ArtifactError that `load` would, without reading numbers (but those of a head that
+    is tied and stored)."""
+    _match(directory, program, read_architecture(architecture), open_checkpoint(directory))
 
 
 def open_checkpoint(directory: Path) -> dict[str, Tensor]:
@@ -237,39 +241,60 @@ def _no_weights(directory: Path) -> ArtifactError:
 
 
 def _match(
-    directory: Path, program: Program, names: Names, tensors: Mapping[str, Tensor]
-) -> dict[Value, list[Tensor]]:
-    """The tensors that each weight is joined from; raises ArtifactError for missing, misshapen and
-    unexpected ones."""
-    matched: dict[Value, list[Tensor]] = {}
-    missing: list[str] = []
-    used: set[str] = set()
-    for value in values_of(program):
-        if value.kind is not Kind.WEIGHT:
-            continue
-        wanted = _names_of(value, names)
-        used.update(wanted)
-        missing += [name for name in wanted if name not in tensors]
-        if not missing:
-            matched[value] = [tensors[name] for name in wanted]
-    if missing:
+    directory: Path, program: Program, names: Architecture, tensors: Mapping[str, Tensor]
+) -> dict[Value, list[Piece]]:
+    """What each weight is read from; raises ArtifactError for missing, misshapen and unexpected
+    tensors."""
+    pieces = {
+        value: pieces_of(value, names) for value in values_of(program) if value.kind is Kind.WEIGHT
+    }
+    wanted = [piece for parts in pieces.values() for piece in parts]
+    if missing := [piece.tensor for piece in wanted if piece.tensor not in tensors]:
         raise ArtifactError(f"{directory}: the checkpoint lacks {_listed(missing)}")
-    for value, sources in matched.items():
-        for rows, tensor in zip(value.parts, sources, strict=True):
-            _check_tensor(tensor, (rows, *value.shape[1:]))
-    _refuse_unexpected(directory, names, tensors, used)
-    return matched
+    for piece in wanted:
+        _check_tensor(tensors[piece.tensor], piece.shape)
+    _refuse_unexpected(directory, names, tensors, {piece.tensor for piece in wanted})
+    return pieces
 
 
-def _names_of(value: Value, names: Names) -> list[str]:
-    layer = re.match(r"layers\.(\d+)\.", value.name)
-    if layer is None:
-        return names.weights[value.name]
-    pattern = f"layers.{{i}}.{value.name[layer.end() :]}"
-    return [name.replace("{i}", layer[1]) for name in names.weights[pattern]]
+def pieces_of(value: Value, names: Architecture) -> list[Piece]:
+    """Where a weight comes from: one tensor, or one for each of its parts, below each other, and
+    that for each expert."""
+    name, layer = generic_name(value.name)
+    shape = sized(value.shape, {})
+    patterns = [pattern.replace("{i}", layer) for pattern in names.weights[name]]
+    if "{e}" in patterns[0]:
+        return [
+            replace(piece, tensor=piece.tensor.replace("{e}", str(e)), place=(e, *piece.place))
+            for e in range(shape[0])
+            for piece in _stacked(patterns, shape[1:], value.parts)
+        ]
+    transposed, interleaved = name in names.transposed, name in names.interleaved
+    if len(patterns) == 1 and (transposed or interleaved or len(shape) == 3):
+        stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+        return [Piece(patterns[0], (), stored, transposed, interleaved)]
+    return _stacked(patterns, shape, value.parts)
 
 
-def _check_tensor(tensor: Tensor, shape: tuple[Any, ...]) -> None:
+def generic_name(name: str) -> tuple[str, str]:
+    """A weight's name for any layer, and its layer."""
+    layer = re.match(r"layers\.(\d+)\.", name)
+    return (name, "") if layer is None else (f"layers.{{i}}.{name[layer.end() :]}", layer[1])
+
+
+def _stacked(patterns: list[str], shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Piece]:
+    """Tensors below each other; a single one may hold all parts."""
+    heights = parts if len(patterns) > 1 else shape[:1]
+    pieces = []
+    row = 0
+    for pattern, height in zip(patterns, heights, strict=True):
+        place = (slice(row, row + height),)
+        pieces.append(Piece(pattern, place, (height, *shape[1:]), False, False))
+        row += height
+    return pieces
+
+
+def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ArtifactError(
             f"{tensor.file}: tensor {tensor.name} must be {list(shape)}, got {list(tensor.shape)}"
@@ -282,30 +307,29 @@ def _check_tensor(tensor: Tensor, shape: tuple[Any, ...]) -> None:
 
 
 def _refuse_unexpected(
-    directory: Path, names: Names, tensors: Mapping[str, Tensor], used: set[str]
+    directory: Path, names: Architecture, tensors: Mapping[str, Tensor], used: set[str]
 ) -> None:
-    harmless = re.compile(
-        "|".join(re.escape(name).replace(r"\{i\}", r"\d+") for name in names.harmless) or r"(?!)"
-    )
-    unexpected: list[str] = []
-    for name, tensor in tensors.items():
-        if name in used or harmless.fullmatch(name):
-            continue
-        twin = tensors.get(names.same_as.get(name, ""))
-        if twin is None:
-            unexpected.append(name)
-        elif (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape) or not np.array_equal(
-            tensor.raw(), twin.raw()
-        ):
-            raise ArtifactError(
-                f"{tensor.file}: tensor {name} differs from {twin.name}, "
-                "though config.json says that they are tied"
-            )
+    [embed], [head] = names.weights["embed"], names.weights["lm_head"]
+    unexpected = [name for name in tensors if name not in used and not HARMLESS.fullmatch(name)]
+    if head in unexpected and embed in used:  # tied, and stored all the same
+        _refuse_different(tensors[head], tensors[embed])
+        unexpected.remove(head)
     if unexpected:
         raise ArtifactError(
             f"{directory}: the checkpoint holds {_listed(unexpected)}, "
             "which its architecture does not use"
         )
+
+
+def _refuse_different(tensor: Tensor, twin: Tensor) -> None:
+    same_form = (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape)
+    if not same_form or not np.array_equal(tensor.raw(), twin.raw()):
+        raise ArtifactError(
+            f"{tensor.file}: tensor {tensor.name} differs from {twin.name}, "
+            "though config.json says that they are tied"
+        )
+    tensor.drop()
+    twin.drop()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -314,25 +338,44 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _joined(value: Value, sources: list[Tensor]) -> Array:
-    """One weight in fp32, its tensors below each other."""
-    only = sources[0]
-    if len(sources) == 1 and only.dtype == "F32" and only.start % 4 == 0:
-        return only.raw().view(np.float32).reshape(only.shape)
+def _joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> Array:
+    """One weight in fp32. It stays in the file where nothing has to be done to it."""
+    tensor = tensors[pieces[0].tensor]
+    is_as_stored = tensor.dtype == "F32" and tensor.start % 4 == 0 and not value.plus
+    if len(pieces) == 1 and is_as_stored and not pieces[0].transposed | pieces[0].interleaved:
+        return tensor.raw().view(np.float32).reshape(value.shape)
     joined = np.empty(sized(value.shape, {}), np.float32)
-    row = 0
-    for tensor in sources:
-        _convert(joined[row : row + tensor.shape[0]], tensor)
-        row += tensor.shape[0]
+    for piece in pieces:
+        tensor = tensors[piece.tensor]
+        _read_into(joined[piece.place], piece, tensor)
         tensor.drop()
+    if value.plus:
+        joined += np.float32(value.plus)
     return joined
 
 
-def _convert(out: Array, tensor: Tensor) -> None:
+def _read_into(out: Array, piece: Piece, tensor: Tensor) -> None:
     raw = tensor.raw()
-    if tensor.dtype == "BF16":  # the upper half of an fp32
-        bits = raw.view(np.uint16).reshape(tensor.shape)
-        np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+    stored: Array
+    if tensor.dtype == "BF16":
+        stored = raw.view(np.uint16).reshape(tensor.shape)
     else:
         dtype = np.float16 if tensor.dtype == "F16" else np.float32
-        out[...] = raw.view(dtype).reshape(tensor.shape)
+        stored = raw.view(dtype).reshape(tensor.shape)
+    if piece.transposed:
+        stored = np.swapaxes(stored, -1, -2)
+    if not piece.interleaved:
+        _convert(out, stored)
+        return
+    axis = -1 if out.ndim == 2 else -2  # of an expert's bias, of its matrix
+    gate, up = np.split(out, 2, axis=axis)
+    even, odd = (np.moveaxis(np.moveaxis(stored, axis, 0)[i::2], 0, axis) for i in (0, 1))
+    _convert(gate, even)
+    _convert(up, odd)
+
+
+def _convert(out: Array, stored: Array) -> None:
+    if stored.dtype == np.uint16:  # bf16: the upper half of an fp32
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = stored

@@ -2,10 +2,14 @@
 
 import pytest
 
+from tests.architectures import LONGROPE
+from tests.step_driver import make_driver
+from tests.tiny_models import make_checkpoint
 from vivace.engine import core
-from vivace.engine.config import Config, CpuConfig, SchedulerConfig
+from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
 from vivace.engine.errors import InvalidRequest, Overloaded
 from vivace.engine.events import EngineRequest, FinishReason, Sampling
+from vivace.kernels.backend import Backend, load
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0, 50, 0, (), None, None)
 
@@ -120,3 +124,66 @@ def test_progress_grows_while_it_works(engine):
     engine.add(ask("a"), 0.0)
     engine.step(0.0)
     assert engine.progress() > before
+
+
+CONTEXTS = {  # transformers' `model_type` and the fields that matter here
+    "window": ("mistral", {"sliding_window": 22}),
+    "long rope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48},
+    ),
+    "both": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 48,
+            "sliding_window": 21,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=CONTEXTS)
+def checkpoint(request, tmp_path_factory):
+    kind, fields = CONTEXTS[request.param]
+    return make_checkpoint(tmp_path_factory.mktemp("context"), kind, **fields)
+
+
+def test_windows_and_long_rope_change_nothing_of_what_a_request_gets(checkpoint):
+    """Short of blocks, in chunks, with prefix hits and preemption: the tokens of a cache that keeps everything."""
+    config = Config(
+        model=checkpoint,
+        scheduler=SchedulerConfig(max_step_tokens=16, max_running=12),
+        cache=CacheConfig(block_tokens=4, memory_bytes=32 * 4 * 512),
+        cpu=CpuConfig(threads=1),
+    )
+    engine = core.load(config, lambda done, total: None)
+    assert engine.loads().num_blocks == 32
+    prompts = [range(3, 3 + length) for length in (3, 20, 40, 47, 48, 49, 70, 40)]
+    prompts += [range(100 + i, 110 + i) for i in range(10)]
+    tokens = [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        engine.add(EngineRequest(str(i), tuple(prompt), GREEDY), 0.0)
+    while engine.has_work:
+        for event in engine.step(0.0):
+            tokens[int(event.request_id)] += event.token_ids
+    loads = engine.loads()
+    assert loads.num_blocks_used == 0
+    assert loads.num_cached_tokens > 0 and loads.num_preemptions > 0
+    driver = make_driver(checkpoint, load(Backend.CPU, threads=1))
+    assert tokens == [driver.greedy([prompt], 50)[0] for prompt in prompts]
+
+
+def test_a_model_with_windows_gives_blocks_back_while_it_generates(tmp_path):
+    config = Config(
+        model=make_checkpoint(tmp_path, "mistral", sliding_window=10),
+        cache=CacheConfig(block_tokens=4),
+        cpu=CpuConfig(threads=1),
+    )
+    engine = core.load(config, lambda done, total: None)
+    engine.add(ask("a"), 0.0)
+    used = []
+    while engine.has_work:
+        engine.step(0.0)
+        used.append(engine.loads().num_blocks_used)
+    assert max(used) == 3  # that the last nine positions can lie in; all 52 take 13

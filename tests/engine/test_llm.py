@@ -1,144 +1,18 @@
-"""`vivace.LLM` on tiny random models: what a generation gives, and that nothing around it changes it, bit by bit."""
+"""`vivace.LLM` on a tiny random model: what a generation gives."""
 
-import random
 from dataclasses import replace
 
 import pytest
 
+from tests.engine.generation import PROMPT_LENGTHS, SAMPLED, config, prompts_of
 from vivace import LLM, SamplingParams
-from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
 from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
 from vivace.kernels.backend import Backend
-
-PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64, 100)
-MAX_TOKENS = 50
-SAMPLED = SamplingParams(
-    temperature=0.9,
-    top_k=40,
-    top_p=0.95,
-    seed=7,
-    max_tokens=MAX_TOKENS,
-    ignore_eos=True,
-    logprobs=3,
-    prompt_logprobs=2,
-)
-
-
-def config(
-    directory, *, threads=1, memory_bytes=None, sharing=True, backend=Backend.CPU, **scheduler
-):
-    return Config(
-        model=directory,
-        backend=backend,
-        scheduler=SchedulerConfig(**scheduler),
-        cache=CacheConfig(memory_bytes=memory_bytes, prefix_sharing=sharing),
-        cpu=CpuConfig(threads=threads),
-    )
-
-
-def prompts_of(llm):
-    rng = random.Random(1)
-    vocab = llm.core.info.vocab_size
-    return [
-        {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(n)]} for n in PROMPT_LENGTHS
-    ]
-
-
-def essence(results):
-    """All that must not change: tokens, text and every logprob to the last bit."""
-    return [
-        (
-            result.outputs[0].token_ids,
-            result.outputs[0].text,
-            result.outputs[0].finish_reason,
-            [
-                {token: (one.logprob.hex(), one.rank) for token, one in place.items()}
-                for place in (*result.outputs[0].logprobs, *result.prompt_logprobs)
-                if place is not None
-            ],
-        )
-        for result in results
-    ]
 
 
 @pytest.fixture(scope="module")
 def llm(tiny_qwen3):
     return LLM(tiny_qwen3, config=config(tiny_qwen3))
-
-
-@pytest.fixture(scope="module")
-def alone(llm):
-    """Each prompt by itself, nothing in the cache before it."""
-    return [
-        essence(LLM(llm.directory, config=config(llm.directory)).generate(prompt, SAMPLED))[0]
-        for prompt in prompts_of(llm)
-    ]
-
-
-def test_neighbours_change_nothing(llm, alone):
-    assert essence(llm.generate(prompts_of(llm), SAMPLED)) == alone
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 16, 512])
-def test_the_chunk_size_changes_nothing(llm, alone, chunk):
-    other = LLM(
-        llm.directory,
-        config=config(llm.directory, max_step_tokens=chunk, max_running=min(chunk, 4)),
-    )
-    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
-
-
-@pytest.mark.parametrize("threads", [2, 4])
-def test_the_number_of_threads_changes_nothing(llm, alone, threads):
-    other = LLM(llm.directory, config=config(llm.directory, threads=threads))
-    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
-
-
-def test_a_prefix_hit_changes_nothing(llm, alone):
-    fresh = LLM(llm.directory, config=config(llm.directory))
-    warm_up = replace(SAMPLED, prompt_logprobs=None)
-    first = fresh.generate(prompts_of(llm), warm_up)
-    again = fresh.generate(prompts_of(llm), warm_up)
-    assert [one.usage.cached_tokens for one in first] == [0] * len(first)
-    assert [one.usage.cached_tokens for one in again] == [
-        (n - 1) // 16 * 16 for n in PROMPT_LENGTHS
-    ]
-    for results in (first, again):
-        for result, (tokens, text, finish, places) in zip(results, alone, strict=True):
-            output = result.outputs[0]
-            assert (output.token_ids, output.text, output.finish_reason) == (tokens, text, finish)
-            got = [
-                {t: (o.logprob.hex(), o.rank) for t, o in place.items()}
-                for place in output.logprobs
-            ]
-            assert got == places[: len(got)]
-    assert (
-        essence(fresh.generate(prompts_of(llm), SAMPLED)) == alone
-    )  # prompt logprobs are never cached
-
-
-def test_preemption_changes_nothing(llm, alone):
-    """A cache that holds the longest request and a little more."""
-    blocks = -(-(max(PROMPT_LENGTHS) + MAX_TOKENS) // 16) + 1
-    block_bytes = llm.core.info.kv_bytes // llm.core.info.num_blocks
-    for sharing in (True, False):
-        tight = LLM(
-            llm.directory,
-            config=config(llm.directory, memory_bytes=blocks * block_bytes, sharing=sharing),
-        )
-        results = tight.generate([*prompts_of(llm)] * 3, SAMPLED)
-        assert sum(result.usage.num_preemptions for result in results) > 0
-        assert essence(results) == alone * 3
-
-
-def test_which_blocks_a_request_gets_changes_nothing(llm, alone):
-    other = LLM(llm.directory, config=config(llm.directory, sharing=False))
-    mixed = [prompt for prompt in prompts_of(llm) for _ in range(2)]
-    random.Random(3).shuffle(mixed)
-    other.generate(
-        mixed, SamplingParams(max_tokens=9, ignore_eos=True)
-    )  # leaves the free list in disorder
-    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
 
 
 @pytest.mark.parametrize("way", ["sharing", "no sharing"])

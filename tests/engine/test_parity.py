@@ -6,34 +6,14 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
 import zstandard
 
+from tests.architectures import MODELS
 from tests.step_driver import Oracle, agrees, make_driver, worst_row
 from tests.tiny_models import make_checkpoint
-from vivace.engine.models.spec import read_generation_defaults
+from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.kernels.backend import Backend, load
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # short, so that the tests' positions pass it
-}
-MODELS = {
-    "llama-gqa-1": ("llama", {"num_key_value_heads": 4}),
-    "llama-gqa-2": ("llama", {"num_key_value_heads": 2}),
-    "llama-gqa-4": ("llama", {"num_key_value_heads": 1}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-3-rope": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-wide-heads": ("llama", {"head_dim": 24, "rope_parameters": LLAMA3}),
-    "llama-one-layer": ("llama", {"num_hidden_layers": 1, "hidden_size": 40}),
-    "llama-bf16": ("llama", {"dtype": torch.bfloat16}),
-    "qwen3": ("qwen3", {"head_dim": 32}),
-    "qwen3-tied": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-}
 STEPS = 64
 CLOSE = 1e-4  # of logprob: a smaller lead may fall either way
 

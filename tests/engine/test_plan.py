@@ -5,17 +5,25 @@ import pytest
 from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
-from vivace.engine.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from vivace.engine.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    QkNorm,
+    RopeSpec,
+)
 from vivace.engine.plan import Machine, kv_token_bytes, make_plan, num_parameters, read_machine
 
-ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), qk_norm=True, norm_eps=1e-6, scale=8**-0.5)
+NORM = NormSpec(1e-6)
+ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), 8**-0.5, NORM, QkNorm.HEAD)
 SPEC = ModelSpec(
     architecture="Qwen3ForCausalLM",
-    names="qwen3",
     vocab_size=100,
     model_size=32,
     layers=(LayerSpec(ATTENTION, MlpSpec(48)),) * 3,
-    norm_eps=1e-6,
+    norm=NORM,
     tied_embeddings=True,
     max_context_tokens=200,
 )

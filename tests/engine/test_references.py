@@ -14,6 +14,7 @@ NAMES = {
     "stories260K": "stories260K.dev",
     "aidreams260K": "aidreams260K.dev",
     "northstar-dense": "northstar-dense",
+    "northstar-moe": "northstar-moe",
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 from tests.step_driver import make_driver
 from tests.tiny_models import make_checkpoint
 from vivace.engine.models.decoder import emit
+from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Symbol
-from vivace.engine.models.spec import read_spec
 from vivace.engine.runner import MAX_BOUND, arena_bytes
 from vivace.kernels.backend import Backend, load
 

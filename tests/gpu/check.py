@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests.*, which is not installed
 
+from tests.architectures import MODELS, ONE_OF_EACH  # noqa: E402
 from tests.gpu.op_cases import OpCase, compare, op_cases  # noqa: E402
 from tests.step_driver import Driver, Oracle, agrees, make_driver, worst_row  # noqa: E402
 from tests.tiny_models import make_checkpoint  # noqa: E402
@@ -40,11 +41,7 @@ QUESTIONS = (
     "我的订单什么时候发货",
 )
 SYSTEM = "You are a polite support agent of the online shop Northstar Market. Keep answers short."
-TINY = {
-    "llama": ("llama", {"num_key_value_heads": 1}),
-    "llama-wide-heads": ("llama", {"head_dim": 24, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"head_dim": 64}),
-}
+TINY = (*ONE_OF_EACH, "llama-wide-heads", "phi3-longrope")
 PROMPT_TOLERANCE = 1e-4  # of the largest logit of a row
 CLOSE = 1e-3  # of logprob: a smaller lead may fall either way
 WARM_UP, REPEATS = 5, 30
@@ -140,7 +137,8 @@ def run_all(device_name: str) -> Iterator[Result]:
     for case in op_cases():
         yield check_op(case, device, cpu)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (kind, overrides) in TINY.items():
+        for name in TINY:
+            kind, overrides = MODELS[name]
             directory = make_checkpoint(Path(folder) / name, kind, **overrides)
             yield from check_prompts(name, directory, device)
     yield from check_northstar(device, cpu)

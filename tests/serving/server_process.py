@@ -16,6 +16,7 @@ class Server:
     """A `vivace serve` process and what it printed."""
 
     def __init__(self, *arguments, model=MODEL):
+        self._name = Path(model).name
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vivace", "serve", str(model), *arguments],
             stdout=subprocess.PIPE,
@@ -31,7 +32,7 @@ class Server:
 
     def wait_ready(self):
         line = self.process.stdout.readline()
-        assert line.startswith("vivace: serving northstar on "), (line, self.errors)
+        assert line.startswith(f"vivace: serving {self._name} on "), (line, self.errors)
         self.target = line.split()[-1]
         return self
 
@@ -78,8 +79,8 @@ def is_gone(pid, seconds):
 
 
 @contextmanager
-def serving(*arguments):
-    server = Server("--port", "0", *arguments)
+def serving(*arguments, model=MODEL):
+    server = Server("--port", "0", *arguments, model=model)
     try:
         yield server.wait_ready()
     finally:

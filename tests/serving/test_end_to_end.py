@@ -27,6 +27,14 @@ def test_a_chat_streams_the_same_reply_as_the_library(client):
     assert events[-1].usage.completion_tokens == len(ids)
 
 
+def test_a_mixture_of_experts_chats(shared_data):
+    model = shared_data / "models" / "northstar-moe"
+    with serving(model=model) as server, Client(server.target) as client:
+        text = "".join(event.text for event in client.chat(CHAT, temperature=0))
+    want = LLM(model).generate(PROMPT, SamplingParams(temperature=0))[0].outputs[0]
+    assert text == want.text != ""
+
+
 def test_generate_gives_logprobs_and_prompt_logprobs(client):
     events = list(
         client.generate(PROMPT, temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1)

@@ -8,15 +8,18 @@ from vivace.engine.models.spec import (
     LayerSpec,
     MlpSpec,
     ModelSpec,
+    NormSpec,
     RopeSpec,
 )
+
+NORM = NormSpec(1e-6)
 
 
 def spec_of(*ropes, tied=False):
     layers = tuple(
-        LayerSpec(AttentionSpec(4, 2, 16, rope, False, 1e-6, 0.25), MlpSpec(96)) for rope in ropes
+        LayerSpec(AttentionSpec(4, 2, 16, rope, 0.25, NORM), MlpSpec(96)) for rope in ropes
     )
-    return ModelSpec("LlamaForCausalLM", "llama", 260, 64, layers, 1e-6, tied, 512)
+    return ModelSpec("LlamaForCausalLM", 260, 64, layers, NORM, tied, 512)
 
 
 PLAIN, WIDE = RopeSpec(1e4, 16), RopeSpec(1e6, 16)

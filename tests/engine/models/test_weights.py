@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import make_checkpoint
 from vivace.engine.errors import ArtifactError
 from vivace.engine.models.decoder import emit
-from vivace.engine.models.spec import read_spec
+from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.weights import load, read_file
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -18,7 +18,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 def load_all(directory, progress=lambda done, total: None):
     spec = read_spec(directory)
-    return load(directory, emit(spec), spec.names, progress)
+    return load(directory, emit(spec), spec.architecture, progress)
 
 
 @pytest.fixture
