@@ -229,6 +229,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "olmo2": ("olmo2", {"head_dim": None}),
+    "olmo2-tied": (
+        "olmo2",
+        {"head_dim": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "olmo2-biases": (
+        "olmo2",
+        {
+            "head_dim": None,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "rope_parameters": YARN,
+            "vocab_size": 263,
+        },
+    ),
     "smollm3-window": (
         "smollm3",
         {
