@@ -1,21 +1,35 @@
-"""`vivace info`: what a checkpoint is, and what it would take to serve it."""
+"""`vivace info`: what a checkpoint is, whether it can be served, and what that takes."""
 
 import argparse
+from collections import Counter
+from math import prod
 from pathlib import Path
 
 from vivace.engine.config import Config
-from vivace.engine.errors import ArtifactError
+from vivace.engine.errors import ArtifactError, ConfigError
+from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.generation_config import read_generation_defaults
-from vivace.engine.models.hf_config import read_spec
-from vivace.engine.plan import kv_token_bytes, make_plan, num_parameters, read_machine
+from vivace.engine.models.hf_config import architecture_name, read_spec
+from vivace.engine.models.json_fields import read_fields
+from vivace.engine.models.program import Program
+from vivace.engine.models.spec import ModelSpec, MoeSpec
+from vivace.engine.plan import (
+    kv_token_bytes,
+    make_plan,
+    num_active_parameters,
+    num_parameters,
+    read_machine,
+)
 
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of this folder's commands; returns the exit status."""
     assert command == "info"
     parser = argparse.ArgumentParser(
-        prog="vivace info", description="Say what a checkpoint is and what it takes to serve it."
+        prog="vivace info",
+        description="Say what a checkpoint is and what it takes to serve it. "
+        "Exits with 1 if it cannot be served.",
     )
     parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
     return _info(parser.parse_args(argv).model)
@@ -24,24 +38,77 @@ def main(command: str, argv: list[str]) -> int:
 def _info(model: Path) -> int:
     if not model.is_dir():
         raise ArtifactError(f"{model} is not a folder")
-    spec = read_spec(model)
-    program = emit(spec)
-    machine = read_machine()
-    plan = make_plan(Config(model=model), spec, program, machine)
-    attention = spec.layers[0].attention
     rows = {
-        "architecture": f"{spec.architecture} (supported)",
-        "parameters": f"{num_parameters(program):,}",
-        "layers": f"{len(spec.layers)}, model size {spec.model_size}",
-        "heads": f"{attention.num_heads} query, {attention.num_kv_heads} key-value, of {attention.head_dim}",
-        "vocabulary": f"{spec.vocab_size:,}",
-        "context": f"{spec.max_context_tokens:,} tokens",
-        "end tokens": ", ".join(map(str, read_generation_defaults(model).eos_token_ids)) or "none",
-        "weights": f"{plan.weight_bytes / 2**20:.1f} MiB in fp32",
-        "KV cache": f"{kv_token_bytes(spec):,} bytes per token in fp32",
-        "planned here": f"{plan.num_blocks} blocks ({plan.kv_bytes / 2**20:.1f} MiB), "
-        f"{plan.arena_bytes / 2**20:.1f} MiB working memory, {plan.threads} threads",
+        "architecture": architecture_name(read_fields(model / "config.json")),
+        "supported": "no",
     }
+    try:
+        spec = read_spec(model)
+        rows["supported"] = "yes"
+        program = emit(spec)
+        rows |= _model_rows(spec, program)
+        end_tokens = ", ".join(map(str, read_generation_defaults(model).eos_token_ids))
+        rows["end tokens"] = end_tokens or "none"
+        weights.check(model, program, spec.architecture)
+        rows |= _plan_rows(model, spec, program)
+    except (ArtifactError, ConfigError) as error:
+        rows |= _file_rows(model) | {"problem": str(error)}
     for name, value in rows.items():
         print(f"{name:14s}{value}")
-    return 0
+    return int("problem" in rows)
+
+
+def _model_rows(spec: ModelSpec, program: Program) -> dict[str, str]:
+    attention = spec.layers[0].attention
+    total, active = num_parameters(program), num_active_parameters(program, spec)
+    rows = {
+        "parameters": f"{total:,}"
+        + (f", {active:,} of them for a token" if active < total else ""),
+        "layers": f"{len(spec.layers)}, model size {spec.model_size}",
+        "heads": f"{attention.num_heads} query, {attention.num_kv_heads} key-value, of {attention.head_dim}",
+    }
+    windows = Counter(layer.attention.window for layer in spec.layers)
+    if windows.keys() != {None}:
+        rows["windows"] = ", ".join(
+            f"{'none' if size is None else f'{size:,} tokens'} in {count} of {len(spec.layers)} layers"
+            for size, count in windows.items()
+        )
+    sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
+    if sparse:
+        moe = sparse[0]
+        shared = f", one of {moe.shared.hidden_size} for all" if moe.shared else ""
+        rows["experts"] = (
+            f"{moe.num_experts} of {moe.hidden_size}, {moe.top_k} a token{shared}, "
+            f"in {len(sparse)} of {len(spec.layers)} layers"
+        )
+    return rows | {
+        "vocabulary": f"{spec.vocab_size:,}",
+        "context": f"{spec.max_context_tokens:,} tokens",
+        "KV cache": f"{kv_token_bytes(spec):,} bytes per token in fp32",
+    }
+
+
+def _plan_rows(model: Path, spec: ModelSpec, program: Program) -> dict[str, str]:
+    plan = make_plan(Config(model=model), spec, program, read_machine())
+    needed = plan.weight_bytes + plan.arena_bytes + plan.kv_bytes
+    return {
+        "memory": f"{_mib(needed)}: weights in fp32 {_mib(plan.weight_bytes)}, working memory "
+        f"{_mib(plan.arena_bytes)}, KV cache {_mib(plan.kv_bytes)} ({plan.num_blocks} blocks)",
+        "threads": f"{plan.threads}",
+    }
+
+
+def _file_rows(model: Path) -> dict[str, str]:
+    """What the tensors' headers say of a checkpoint that cannot be served."""
+    try:
+        tensors = weights.open_checkpoint(model).values()
+    except ArtifactError:
+        return {}
+    count = sum(prod(tensor.shape) for tensor in tensors)
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors}))
+    return {"tensors": f"{len(tensors)} with {count:,} numbers in {_mib(num_bytes)} ({dtypes})"}
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

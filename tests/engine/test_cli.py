@@ -1,0 +1,96 @@
+"""`vivace info`: what it says of checkpoints that can be served, and of those that cannot."""
+
+import json
+
+import pytest
+
+from tests.architectures import MODELS
+from tests.tiny_models import make_checkpoint
+from vivace.engine import plan
+from vivace.engine.cli import main
+from vivace.engine.errors import ArtifactError
+
+
+@pytest.fixture
+def info(capsys):
+    """Run the command; returns its status and its rows."""
+
+    def info(directory):
+        status = main("info", [str(directory)])
+        lines = capsys.readouterr().out.splitlines()
+        return status, {line[:14].strip(): line[14:] for line in lines}
+
+    return info
+
+
+def checkpoint_of(directory, model):
+    kind, overrides = MODELS[model]
+    return make_checkpoint(directory, kind, **overrides)
+
+
+def test_a_model_with_windows_and_experts_is_described(info, tmp_path):
+    status, rows = info(checkpoint_of(tmp_path, "qwen2-moe-window"))
+    assert status == 0
+    assert (rows["architecture"], rows["supported"]) == ("Qwen2MoeForCausalLM", "yes")
+    assert rows["windows"] == "19 tokens in 1 of 3 layers, none in 2 of 3 layers"
+    assert rows["experts"] == "64 of 8, 8 a token, one of 24 for all, in 3 of 3 layers"
+    assert rows["KV cache"] == "768 bytes per token in fp32"  # 3 layers, K and V, 2 heads of 16
+    assert "problem" not in rows
+
+
+def test_parameters_are_counted_as_transformers_does_and_those_of_idle_experts_left_out(
+    info, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    directory = checkpoint_of(tmp_path, "gpt-oss")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    total = model.num_parameters()
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    _, rows = info(directory)
+    assert rows["parameters"] == f"{total:,}, {total - experts // 2:,} of them for a token"
+
+
+def test_an_architecture_that_is_not_supported_is_named_with_its_size(info, tmp_path):
+    checkpoint_of(tmp_path, "qwen3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["OtherLM"]}))
+    status, rows = info(tmp_path)
+    assert (status, rows["architecture"], rows["supported"]) == (1, "OtherLM", "no")
+    assert "OtherLM is not supported; supported are Gemma2ForCausalLM" in rows["problem"]
+    assert rows["tensors"].startswith("25 with 119,744 numbers in 0.5 MiB")
+
+
+def test_quantized_weights_are_refused_by_their_method(info, tmp_path):
+    checkpoint_of(tmp_path, "gpt-oss")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, rows = info(tmp_path)
+    assert (status, rows["supported"]) == (1, "no")
+    assert "quantization_config: mxfp4 weights are not supported" in rows["problem"]
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_a_problem(info, tmp_path):
+    checkpoint_of(tmp_path, "olmo2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    status, rows = info(tmp_path)
+    assert (status, rows["supported"]) == (1, "yes")
+    assert "lacks model.layers.2." in rows["problem"]
+    (tmp_path / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in info(tmp_path)[1]["problem"]
+
+
+def test_a_machine_that_is_too_small_is_a_problem(info, tmp_path, monkeypatch):
+    monkeypatch.setattr("vivace.engine.cli.read_machine", lambda: plan.Machine(1, 1000))
+    status, rows = info(checkpoint_of(tmp_path, "gemma2"))
+    assert (status, rows["supported"]) == (1, "yes")
+    assert "not enough memory" in rows["problem"]
+
+
+def test_what_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        main("info", [str(tmp_path / "nowhere")])
+    with pytest.raises(ArtifactError, match=r"config\.json: cannot be read"):
+        main("info", [str(tmp_path)])
