@@ -17,6 +17,7 @@ from tests.engine.generation import (
 from tests.tiny_models import make_checkpoint
 from vivace import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
 NAMES = (*ONE_OF_EACH, "phi3-longrope")  # which passes its short context as it decodes
 
 
@@ -50,7 +51,7 @@ def test_the_chunk_size_changes_nothing(llm, alone, chunk):
 
 
 def test_the_number_of_threads_changes_nothing(llm, alone):
-    other = LLM(llm.directory, config=config(llm.directory, threads=3))
+    other = LLM(llm.directory, config=config(llm.directory, threads=2))
     assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
 
 

@@ -9,6 +9,7 @@ from vivace import LLM, SamplingParams
 from vivace.engine.config import Config, CpuConfig
 from vivace.kernels.backend import Backend
 
+pytestmark = pytest.mark.slow
 MIN_MARGIN = 1e-3  # a step whose best two are closer is not compared, nor what follows it
 NAMES = {
     "stories260K": "stories260K.dev",

@@ -136,6 +136,7 @@ def check_all_is_free_within_one_step(server, client, way):
     assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_200_requests_that_hang_up_free_all_their_blocks_within_one_step(server, client):
     calls = start_200(client, "hang-up")
     for call in calls[:4]:
@@ -145,12 +146,14 @@ def test_200_requests_that_hang_up_free_all_their_blocks_within_one_step(server,
     check_all_is_free_within_one_step(server, client, "hang-up")
 
 
+@pytest.mark.slow
 def test_200_requests_past_their_deadline_free_all_their_blocks_within_one_step(server, client):
     codes = codes_of(start_200(client, "late", timeout=1.0))
     assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 200
     check_all_is_free_within_one_step(server, client, "late")
 
 
+@pytest.mark.slow
 def test_200_requests_aborted_by_id_free_all_their_blocks_within_one_step(server, client):
     calls = start_200(client, "abort")
     wait_until(lambda: client.loads().num_running + client.loads().num_waiting == 200, 30)
