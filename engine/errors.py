@@ -1,5 +1,7 @@
 """Errors a caller can cause or must handle. Everything else is a bug: let it crash."""
 
+MAX_MESSAGE = 1000
+
 
 class EngineError(Exception):
     """Base of all errors the engine raises on purpose. `code` is stable and goes over the wire."""
@@ -44,6 +46,19 @@ class ConfigError(EngineError):
 
 
 class ArtifactError(EngineError):
-    """A checkpoint cannot be used. The message names the file, tensor or architecture."""
+    """A checkpoint cannot be used. The message names the file, tensor or architecture, in one
+    printable line whatever a hostile one put into their names."""
 
     code = "artifact"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what would steer a terminal or is no text: control characters, half
+    surrogate pairs. At most 1,000 characters."""
+    short = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in short
+    )

@@ -22,6 +22,13 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def says(self, key: str) -> bool:
+        """Whether the key is there, be it with null."""
+        return key in self._values
+
     def raw(self, key: str) -> Any:
         """The value as JSON has it; None if absent."""
         return self._values.get(key)
@@ -56,6 +63,10 @@ class Fields:
                 values[new] = values[old]
             values.pop(old, None)
         return Fields(self.file, values)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Fields":
+        """The same object with these values, whatever it said."""
+        return Fields(self.file, {**self._values, **values})
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Fields":
         """The same object with values for keys that are absent (not for those that are null)."""
@@ -95,6 +106,13 @@ class Fields:
         if not all(_is_real(value, LEAST, MOST) for value in values):
             raise self.refuse(key, f"its numbers must be in {LEAST:g}..{MOST:g}")
         return [float(x) for x in values]
+
+    def choice(self, key: str, *options: str) -> str:
+        """One of the options; it must be there."""
+        value = self._present(key, None)
+        if not isinstance(value, str) or value not in options:
+            raise self.refuse(key, f"supported are {', '.join(options)}")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -136,6 +154,8 @@ def read_fields(path: Path) -> Fields:
     """Read a JSON object. Raises ArtifactError if the file is missing, unreadable or holds
     something else."""
     try:
+        if not path.is_file() and path.exists():  # a pipe, say, which nobody might ever write to
+            raise ArtifactError(f"{path}: is not a file")
         with path.open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:

@@ -9,7 +9,7 @@ refused: reading one can run code.
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -31,8 +31,12 @@ BITS = {
     "BOOL": 8,
     "U8": 8,
     "I8": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E8M0": 8,
     "U16": 16,
     "I16": 16,
     "F16": 16,
@@ -43,7 +47,10 @@ BITS = {
     "U64": 64,
     "I64": 64,
     "F64": 64,
+    "C64": 64,
 }
+MAX_DIMENSIONS = 8
+SLAB_BYTES = 16 << 20  # of a file, that are read before their pages are given back
 READABLE = ("F32", "F16", "BF16")
 HARMLESS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -71,12 +78,24 @@ class Tensor:
         """The bytes, shared with the mapping."""
         return np.frombuffer(self.data, np.uint8, self.num_bytes, self.start)
 
-    def drop(self) -> None:
-        """Let go of the pages: what was read from them has been copied, and the file still has
-        them."""
-        start = -(-self.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        if start < self.end:
-            self.data.madvise(mmap.MADV_DONTNEED, start, self.end - start)
+    def slabs(self) -> Iterator[tuple[slice, Array]]:
+        """The rows piece by piece, as bytes [rows, bytes of a row].
+
+        The pages of a piece are let go when the next is asked for: what was read from them has been
+        copied, and the file still has them.
+        """
+        num_rows = self.shape[0] if self.shape else 1
+        row_bytes = self.num_bytes // max(num_rows, 1)
+        count = max(1, SLAB_BYTES // max(row_bytes, 1))
+        rows_of_bytes = self.raw().reshape(num_rows, row_bytes)
+        for first in range(0, num_rows, count):
+            rows = slice(first, min(first + count, num_rows))
+            yield rows, rows_of_bytes[rows]
+            self._drop(self.start + rows.start * row_bytes, self.start + rows.stop * row_bytes)
+
+    def _drop(self, start: int, end: int) -> None:
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +119,7 @@ def load(
     naming the file or the tensor, and then nothing was converted yet.
     """
     tensors = open_checkpoint(directory)
-    pieces = _match(directory, program, read_architecture(architecture), tensors)
+    pieces = _match(directory, program, architecture, tensors=tensors)
     total = sum(tensors[p.tensor].num_bytes for parts in pieces.values() for p in parts)
     weights: dict[str, Array] = {}
     done = 0
@@ -115,7 +134,7 @@ def load(
 def check(directory: Path, program: Program, architecture: str) -> None:
     """Raise the ArtifactError that `load` would, without reading numbers (but those of a head that
     is tied and stored)."""
-    _match(directory, program, read_architecture(architecture), open_checkpoint(directory))
+    _match(directory, program, architecture, tensors=open_checkpoint(directory))
 
 
 def open_checkpoint(directory: Path) -> dict[str, Tensor]:
@@ -173,7 +192,7 @@ def read_file(path: Path) -> list[Tensor]:
     if not isinstance(header, dict):
         raise ArtifactError(f"{path}: its header is not a JSON object")
     tensors = [
-        _tensor(path, data, first, name, entry)
+        _tensor(path, data, first, name=name, entry=entry)
         for name, entry in header.items()
         if name != "__metadata__"
     ]
@@ -191,11 +210,15 @@ def read_file(path: Path) -> list[Tensor]:
 
 def _mapped(path: Path) -> mmap.mmap:
     try:
+        if not path.is_file() and path.exists():
+            raise ArtifactError(f"{path}: is not a file")
         with path.open("rb") as file:
             # A private mapping: arrays on it can be written to, as some libraries demand, and the
             # file never changes.
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be mapped ({error.strerror})") from error
+    except ValueError as error:  # an empty file, a name that is none
         raise ArtifactError(f"{path}: cannot be mapped ({error})") from error
 
 
@@ -206,7 +229,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor(path: Path, data: mmap.mmap, first: int, name: str, entry: Any) -> Tensor:
+def _tensor(path: Path, data: mmap.mmap, first: int, *, name: str, entry: Any) -> Tensor:
     """One entry of a header, checked against the file."""
     at = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
@@ -214,7 +237,7 @@ def _tensor(path: Path, data: mmap.mmap, first: int, name: str, entry: Any) -> T
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ArtifactError(f"{at}: unknown dtype {dtype!r}")
-    if not _are_counts(shape):
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise ArtifactError(f"{at}: bad shape {shape!r}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ArtifactError(f"{at}: bad data_offsets {offsets!r}")
@@ -241,10 +264,11 @@ def _no_weights(directory: Path) -> ArtifactError:
 
 
 def _match(
-    directory: Path, program: Program, names: Architecture, tensors: Mapping[str, Tensor]
+    directory: Path, program: Program, architecture: str, *, tensors: Mapping[str, Tensor]
 ) -> dict[Value, list[Piece]]:
     """What each weight is read from; raises ArtifactError for missing, misshapen and unexpected
     tensors."""
+    names = read_architecture(architecture)
     pieces = {
         value: pieces_of(value, names) for value in values_of(program) if value.kind is Kind.WEIGHT
     }
@@ -253,7 +277,8 @@ def _match(
         raise ArtifactError(f"{directory}: the checkpoint lacks {_listed(missing)}")
     for piece in wanted:
         _check_tensor(tensors[piece.tensor], piece.shape)
-    _refuse_unexpected(directory, names, tensors, {piece.tensor for piece in wanted})
+    used = {piece.tensor for piece in wanted}
+    _refuse_unexpected(directory, names, tensors=tensors, used=used)
     return pieces
 
 
@@ -307,7 +332,7 @@ def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _refuse_unexpected(
-    directory: Path, names: Architecture, tensors: Mapping[str, Tensor], used: set[str]
+    directory: Path, names: Architecture, *, tensors: Mapping[str, Tensor], used: set[str]
 ) -> None:
     [embed], [head] = names.weights["embed"], names.weights["lm_head"]
     unexpected = [name for name in tensors if name not in used and not HARMLESS.fullmatch(name)]
@@ -323,13 +348,12 @@ def _refuse_unexpected(
 
 def _refuse_different(tensor: Tensor, twin: Tensor) -> None:
     same_form = (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape)
-    if not same_form or not np.array_equal(tensor.raw(), twin.raw()):
+    slabs = zip(tensor.slabs(), twin.slabs(), strict=True)
+    if not same_form or not all(np.array_equal(a, b) for (_, a), (_, b) in slabs):
         raise ArtifactError(
             f"{tensor.file}: tensor {tensor.name} differs from {twin.name}, "
             "though config.json says that they are tied"
         )
-    tensor.drop()
-    twin.drop()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -346,32 +370,24 @@ def _joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) ->
         return tensor.raw().view(np.float32).reshape(value.shape)
     joined = np.empty(sized(value.shape, {}), np.float32)
     for piece in pieces:
-        tensor = tensors[piece.tensor]
-        _read_into(joined[piece.place], piece, tensor)
-        tensor.drop()
+        _read_into(joined[piece.place], piece, tensors[piece.tensor])
     if value.plus:
         joined += np.float32(value.plus)
     return joined
 
 
 def _read_into(out: Array, piece: Piece, tensor: Tensor) -> None:
-    raw = tensor.raw()
-    stored: Array
-    if tensor.dtype == "BF16":
-        stored = raw.view(np.uint16).reshape(tensor.shape)
-    else:
-        dtype = np.float16 if tensor.dtype == "F16" else np.float32
-        stored = raw.view(dtype).reshape(tensor.shape)
-    if piece.transposed:
-        stored = np.swapaxes(stored, -1, -2)
-    if not piece.interleaved:
-        _convert(out, stored)
-        return
-    axis = -1 if out.ndim == 2 else -2  # of an expert's bias, of its matrix
-    gate, up = np.split(out, 2, axis=axis)
-    even, odd = (np.moveaxis(np.moveaxis(stored, axis, 0)[i::2], 0, axis) for i in (0, 1))
-    _convert(gate, even)
-    _convert(up, odd)
+    dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[tensor.dtype]
+    for rows, raw in tensor.slabs():
+        stored = raw.view(dtype).reshape(len(raw), *tensor.shape[1:])
+        if piece.transposed:
+            stored = np.swapaxes(stored, -1, -2)
+        if not piece.interleaved:
+            _convert(out[rows], stored)
+            continue
+        gate, up = np.split(out[rows], 2, axis=1)  # the first axis is the expert
+        _convert(gate, stored[:, 0::2])
+        _convert(up, stored[:, 1::2])
 
 
 def _convert(out: Array, stored: Array) -> None:

@@ -32,10 +32,17 @@ MOE = CONFIG | {
     "intermediate_size": 1024,
 }
 DENSE = CONFIG | {"architectures": ["LlamaForCausalLM"], "intermediate_size": 4096}
+WIDE = CONFIG | {"architectures": ["LlamaForCausalLM"], "intermediate_size": 1024}
 CASES = {  # config, dtype, shards
     "bf16 experts in shards": (MOE, "BF16", 3),
     "fp16 in one file": (DENSE | {"num_hidden_layers": 17}, "F16", 1),
     "fp32 in shards": (DENSE | {"num_hidden_layers": 9}, "F32", 2),
+    "large vocabulary": (WIDE | {"num_hidden_layers": 2, "vocab_size": 1 << 17}, "BF16", 1),
+    "tied and stored": (
+        WIDE | {"num_hidden_layers": 2, "vocab_size": 1 << 18, "tie_word_embeddings": True},
+        "F16",
+        1,
+    ),
 }
 LOAD = """
 import json, sys
@@ -73,6 +80,8 @@ def write_checkpoint(directory, config, dtype, shards):
         if value.kind is Kind.WEIGHT and sized(value.shape, {})
         for piece in pieces_of(value, names)
     }
+    if config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     itemsize = 4 if dtype == "F32" else 2
     weight_map, total = {}, 0
     for shard in range(shards):
@@ -99,8 +108,9 @@ def _write_file(path, shapes, dtype, itemsize):
     noise = np.random.default_rng(0).integers(0, 60, 1 << 24, np.uint8).tobytes()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for left in range(end, 0, -len(noise)):
-            file.write(noise[: min(left, len(noise))])
+        for shape in shapes.values():  # anew for each tensor: those of one shape are equal
+            for left in range(prod(shape) * itemsize, 0, -len(noise)):
+                file.write(noise[: min(left, len(noise))])
     return end
 
 

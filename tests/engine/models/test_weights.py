@@ -1,6 +1,7 @@
 """Checkpoints to weights: what is read, and that nothing unsound gets past the reader."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -254,6 +255,22 @@ def sharded(tmp_path):
 def test_an_index_cannot_name_files_elsewhere(sharded, shard):
     with pytest.raises(ArtifactError, match="is not the name of a safetensors file beside it"):
         load_all(sharded(lambda weight_map: weight_map.update({Q: shard})))
+
+
+def test_a_shape_of_many_dimensions_is_refused_at_once(tmp_path):
+    entry = {"dtype": "F32", "shape": [2**62] * 100_000, "data_offsets": [0, 4]}
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ArtifactError, match="tensor a: bad shape") as caught:
+        read_file(tmp_path / "a.safetensors")
+    assert len(str(caught.value)) < 1100
+
+
+def test_a_pipe_for_weights_is_not_waited_for(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "model.safetensors")
+    with pytest.raises(ArtifactError, match="is not a file"):
+        load_all(checkpoint)
 
 
 def test_a_shard_that_is_missing_is_named(sharded):
