@@ -62,7 +62,9 @@ def emit_attention(
     return b.view(out_THD, T, H * D)
 
 
-def emit_output(b: Builder, layer: str, heads_TX: Value, model_size: int, has_bias: bool) -> Value:
+def emit_output(
+    b: Builder, layer: str, heads_TX: Value, *, model_size: int, has_bias: bool
+) -> Value:
     """The projection of the heads back to the model size."""
     at = f"{layer}.attention"
     X = heads_TX.shape[1]

@@ -34,7 +34,7 @@ def emit(spec: ModelSpec) -> Program:
     b.call("embed", (residual,), (b.input("tokens", T), embed_VM), (("scale", spec.embed_scale),))
     normed = residual
     if spec.layers[0].norms_before:
-        normed = emit_rmsnorm(b, "layers.0.attention.norm", residual, spec.norm)
+        normed = emit_rmsnorm(b, "layers.0.attention.norm", residual, norm=spec.norm)
     for i, layer in enumerate(spec.layers):
         at = f"layers.{i}"
         rope = tables[layer.attention.rope]
@@ -42,16 +42,18 @@ def emit(spec: ModelSpec) -> Program:
         is_last = i == len(spec.layers) - 1
         if is_last:
             heads, residual = b.take_rows(heads, rows_R), b.take_rows(residual, rows_R)
-        attended = emit_output(b, at, heads, spec.model_size, layer.attention.out_bias)
-        attended = _after(b, f"{at}.attention", attended, layer, spec.norm)
-        next_norm = f"{at}.mlp.norm" if layer.norms_before else None
-        residual, normed = _add(b, next_norm, attended, residual, spec.norm)
-        mixed = _emit_block(b, at, normed, layer)
-        mixed = _after(b, f"{at}.mlp", mixed, layer, spec.norm)
-        next_norm = f"layers.{i + 1}.attention.norm" if layer.norms_before else None
-        residual, normed = _add(
-            b, "final_norm" if is_last else next_norm, mixed, residual, spec.norm
+        attended = emit_output(
+            b, at, heads, model_size=spec.model_size, has_bias=layer.attention.out_bias
         )
+        attended = _after(b, f"{at}.attention", attended, layer=layer, norm=spec.norm)
+        next_norm = f"{at}.mlp.norm" if layer.norms_before else None
+        residual, normed = _add(b, next_norm, attended, residual_TM=residual, norm=spec.norm)
+        mixed = _emit_block(b, at, normed, layer)
+        mixed = _after(b, f"{at}.mlp", mixed, layer=layer, norm=spec.norm)
+        next_norm = f"layers.{i + 1}.attention.norm" if layer.norms_before else None
+        if is_last:
+            next_norm = "final_norm"
+        residual, normed = _add(b, next_norm, mixed, residual_TM=residual, norm=spec.norm)
     return b.finish(_emit_logits(b, normed, embed_VM, spec))
 
 
@@ -61,17 +63,17 @@ def _emit_block(b: Builder, at: str, x_TM: Value, layer: LayerSpec) -> Value:
     return emit_mlp(b, f"{at}.mlp", x_TM, layer.mlp)
 
 
-def _after(b: Builder, at: str, x_TM: Value, layer: LayerSpec, norm: NormSpec) -> Value:
+def _after(b: Builder, at: str, x_TM: Value, *, layer: LayerSpec, norm: NormSpec) -> Value:
     """A block's result, normed if the layer norms those."""
-    return emit_rmsnorm(b, f"{at}.after_norm", x_TM, norm) if layer.norms_after else x_TM
+    return emit_rmsnorm(b, f"{at}.after_norm", x_TM, norm=norm) if layer.norms_after else x_TM
 
 
 def _add(
-    b: Builder, next_norm: str | None, x_TM: Value, residual_TM: Value, norm: NormSpec
+    b: Builder, next_norm: str | None, x_TM: Value, *, residual_TM: Value, norm: NormSpec
 ) -> tuple[Value, Value]:
     """The new residual, and what the next block reads: it or its norm."""
     if next_norm is not None:
-        return emit_add_rmsnorm(b, next_norm, x_TM, residual_TM, norm)
+        return emit_add_rmsnorm(b, next_norm, x_TM, residual_TM, norm=norm)
     sum_TM = b.activation("add", *x_TM.shape)
     b.call("add", (sum_TM,), (x_TM, residual_TM))
     return sum_TM, sum_TM
@@ -95,6 +97,6 @@ def _rope_tables(b: Builder, spec: ModelSpec) -> dict[RopeSpec, Value]:
     variants_T = None if spec.long_rope_from is None else b.input("rope_variants", T)
     ropes = dict.fromkeys(layer.attention.rope for layer in spec.layers)
     return {
-        rope: emit_rope_table(b, f"rope.{i}", positions_T, variants_T, rope)
+        rope: emit_rope_table(b, f"rope.{i}", positions_T, variants_T=variants_T, spec=rope)
         for i, rope in enumerate(ropes)
     }

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def emit_rope_table(
-    b: Builder, at: str, positions_T: Value, variants_T: Value | None, spec: RopeSpec
+    b: Builder, at: str, positions_T: Value, *, variants_T: Value | None, spec: RopeSpec
 ) -> Value:
     """Cosines and sines of the step's positions, [T, rotary_dim]. `variants` says whose context is
     long, where a layer's rotation depends on it."""
