@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from vivace.engine.config import Config
-from vivace.engine.errors import ArtifactError, ConfigError
+from vivace.engine.errors import ArtifactError, ConfigError, printable
 from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.generation_config import read_generation_defaults
@@ -39,7 +39,7 @@ def _info(model: Path) -> int:
     if not model.is_dir():
         raise ArtifactError(f"{model} is not a folder")
     rows = {
-        "architecture": architecture_name(read_fields(model / "config.json")),
+        "architecture": printable(architecture_name(read_fields(model / "config.json"))),
         "supported": "no",
     }
     try:

@@ -1,68 +1,42 @@
-"""What an architecture is: one data file for each, `architectures/<name>.toml`. Reads no checkpoint.
+"""What an architecture is: one data file for each, `architectures/<name>.toml`, over what all have in common
+(`common.toml`). Reads no checkpoint.
 
 A new architecture of known blocks is one more file there. The file says which keys of config.json have a meaning, what
 transformers takes for those that are absent, how the blocks are put together and what their tensors are called.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 from vivace.engine.models.spec import Activation, QkNorm, Scoring
 
-# Read for every architecture.
-CORE_KEYS = frozenset(
-    {
-        "architectures",
-        "eos_token_id",
-        "head_dim",
-        "hidden_size",
-        "intermediate_size",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        "quantization_config",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "tie_word_embeddings",
-        "vocab_size",
-    }
-)
-# Without effect on what is computed, whatever the architecture.
-HARMLESS_KEYS = frozenset(
-    {
-        "attention_dropout",
-        "auto_map",  # names code that the checkpoint brings; it is never looked at
-        "bos_token_id",
-        "dtype",
-        "initializer_range",
-        "model_type",
-        "output_router_logits",
-        "pad_token_id",
-        "router_aux_loss_coef",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-
+FOLDER = resources.files("vivace.engine.models") / "architectures"
+COMMON = "common"
 Flag = bool | str  # a string is the config key that says it
-WindowRule = Literal[
-    "every_layer",
-    "alternate",  # the first, the third ...
-    "all_but_each_nth",  # n is `sliding_window_pattern`
-    "from_max_window_layers",
-    "alternate_below_max_window_layers",
-    "without_rotation",  # the layers that do not rotate
-]
+
+
+class Norms(Enum):
+    """Where attention and the MLP are normed."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    BOTH = "both"
+
+
+class WindowRule(Enum):
+    """Which layers have a window, where config.json does not list them."""
+
+    EVERY_LAYER = "every_layer"
+    ALTERNATE = "alternate"  # the first, the third ...
+    ALL_BUT_EACH_NTH = "all_but_each_nth"  # n is `sliding_window_pattern`
+    FROM_MAX_WINDOW_LAYERS = "from_max_window_layers"
+    ALTERNATE_BELOW_MAX_WINDOW_LAYERS = "alternate_below_max_window_layers"
+    WITHOUT_ROTATION = "without_rotation"  # the layers that do not rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +44,15 @@ class Blocks:
     """How the layers are built."""
 
     activation_key: str = "hidden_act"
-    norms: Literal["before", "after", "both"] = "before"  # of attention and of the MLP
+    norms: Norms = Norms.BEFORE
     norm_offset: float = 0.0  # added to the weights of all norms
     qk_norm: QkNorm = QkNorm.NONE
     qkv_bias: Flag = False
     out_bias: Flag = False
     mlp_bias: Flag = False
     sinks: bool = False
-    embed_scale: Literal["none", "sqrt_model_size"] = "none"
-    windows: WindowRule | None = None  # which layers have one, where config.json does not list them
+    scaled_embeddings: bool = False  # by the square root of the model size
+    windows: WindowRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,46 +68,73 @@ class Moe:
     activation: Activation | None = None  # instead of the config's
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """One data file. In tensor names, {i} stands for the layer and {e} for the expert."""
+    """One data file and what all have in common. In tensor names, {i} stands for the layer and {e} for the expert."""
 
-    reads: frozenset[str]  # beyond CORE_KEYS
-    harmless: frozenset[str]  # beyond HARMLESS_KEYS
-    refused: frozenset[str]  # keys that must be absent, null or false
+    model_type: str  # of config.json
+    reads: frozenset[str]  # keys of config.json with a meaning
+    harmless: frozenset[str]  # keys without an effect on what is computed
+    refused: frozenset[str] = frozenset()  # keys that must be absent, null or false
     aliases: Mapping[str, str]  # keys that mean another key
     defaults: Mapping[str, Any]  # key -> what transformers takes where it is absent
+    default_rope: Mapping[str, Any]  # rope_parameters where there are none
+    rope_types: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn"})
+    partial_rotation: bool = False  # whether heads may be rotated in part
     blocks: Blocks
     moe: Moe | None
     weights: Mapping[str, list[str]]  # ours -> the tensors it is joined from, below each other
-    transposed: frozenset[str]  # weights that are stored [inputs, outputs]
-    interleaved: frozenset[str]  # weights whose gate and up rows alternate
+    transposed: frozenset[str] = frozenset()  # weights that are stored [inputs, outputs]
+    interleaved: frozenset[str] = frozenset()  # weights whose gate and up rows alternate
 
 
 @cache
 def supported() -> tuple[str, ...]:
     """The architectures that there are files for, as config.json names them."""
-    files = (resources.files("vivace.engine.models") / "architectures").iterdir()
-    return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
+    names = {f.name.removesuffix(".toml") for f in FOLDER.iterdir() if f.name.endswith(".toml")}
+    return tuple(sorted(names - {COMMON}))
 
 
 @cache
 def read_architecture(name: str) -> Architecture:
     """The file of a supported architecture. It is ours: a mistake in it is a bug, not an ArtifactError."""
-    path = resources.files("vivace.engine.models") / "architectures" / f"{name}.toml"
-    table = tomllib.loads(path.read_text("utf-8"))
-    names = ("reads", "harmless", "refused", "transposed", "interleaved")
-    sets: dict[str, Any] = {key: frozenset(table.pop(key, ())) for key in names}
+    common, own = _read(COMMON), _read(name)
+    harmless = frozenset(own.pop("harmless", ()))
+    reads = frozenset((*common["reads"], *own.pop("reads"))) - harmless
+    defaults = {**common["defaults"], **own.pop("defaults", {})}
     return Architecture(
-        **sets,
-        aliases=table.pop("aliases", {}),
-        blocks=Blocks(**_typed(table.pop("blocks", {}))),
-        moe=Moe(**_typed(table.pop("moe"))) if "moe" in table else None,
-        **table,
+        reads=reads,
+        harmless=harmless | frozenset(common["harmless"]),
+        aliases=own.pop("aliases", {}),
+        defaults={key: value for key, value in defaults.items() if key in reads},
+        default_rope=own.pop("default_rope", {}),
+        blocks=Blocks(**own.pop("blocks", {})),
+        moe=Moe(**own.pop("moe")) if "moe" in own else None,
+        weights={**common["weights"], **own.pop("weights", {})},
+        **own,
     )
 
 
-def _typed(table: dict[str, Any]) -> dict[str, Any]:
-    """The table with members of enums for their names."""
-    enums = {"qk_norm": QkNorm, "scoring": Scoring, "activation": Activation}
-    return {key: enums[key](value) if key in enums else value for key, value in table.items()}
+def _read(name: str) -> dict[str, Any]:
+    table = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
+    return {key: _typed(key, value) for key, value in table.items()}
+
+
+# What a string or a list of a file becomes. A name that an enum does not have is a ValueError.
+TYPES: Mapping[str, Callable[[Any], Any]] = {
+    "refused": frozenset,
+    "rope_types": frozenset,
+    "transposed": frozenset,
+    "interleaved": frozenset,
+    "norms": Norms,
+    "windows": WindowRule,
+    "qk_norm": QkNorm,
+    "scoring": Scoring,
+    "activation": Activation,
+}
+
+
+def _typed(key: str, value: Any) -> Any:
+    if isinstance(value, dict) and key in ("blocks", "moe"):
+        return {inner: _typed(inner, one) for inner, one in value.items()}
+    return TYPES[key](value) if key in TYPES else value

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from vivace.engine.errors import ArtifactError
 from vivace.engine.models.architecture import (
-    CORE_KEYS,
-    HARMLESS_KEYS,
     Architecture,
     Flag,
     Moe,
+    Norms,
     WindowRule,
     read_architecture,
     supported,
@@ -61,18 +60,7 @@ def read_spec(directory: Path) -> ModelSpec:
             f"{config.file}: quantization_config: {method or 'quantized'} weights are not supported"
         )
     architecture = read_architecture(name)
-    config.only_keys(
-        *CORE_KEYS,
-        *HARMLESS_KEYS,
-        *architecture.reads,
-        *architecture.harmless,
-        *architecture.aliases,
-        *architecture.refused,
-    )
-    for key in architecture.refused:
-        config.only(key, False)
-    config = config.renamed(architecture.aliases).with_defaults(architecture.defaults)
-    blocks = architecture.blocks
+    config = _checked(config, architecture)
     model_size = config.whole("hidden_size")
     return ModelSpec(
         architecture=name,
@@ -82,7 +70,7 @@ def read_spec(directory: Path) -> ModelSpec:
         norm=_norm(config, architecture),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         max_context_tokens=config.whole("max_position_embeddings", low=2),
-        embed_scale=model_size**0.5 if blocks.embed_scale == "sqrt_model_size" else 1.0,
+        embed_scale=model_size**0.5 if architecture.blocks.scaled_embeddings else 1.0,
         final_softcap=_optional_real(config, "final_logit_softcapping"),
     )
 
@@ -95,19 +83,28 @@ def architecture_name(config: Fields) -> str:
     return names[0]
 
 
+def _checked(config: Fields, architecture: Architecture) -> Fields:
+    """The config with transformers' defaults and one name for each key, no key unknown."""
+    config.only("model_type", architecture.model_type)
+    config.only_keys(
+        *architecture.reads,
+        *architecture.harmless,
+        *architecture.aliases,
+        *architecture.refused,
+    )
+    for key in architecture.refused:
+        config.only(key, False)
+    return config.renamed(architecture.aliases).with_defaults(architecture.defaults)
+
+
 def _layers(config: Fields, architecture: Architecture) -> tuple[LayerSpec, ...]:
     """Every layer, first to last."""
     num_layers = config.whole("num_hidden_layers", high=MAX_LAYERS)
     head_dim = _head_dim(config)
     rotates = _rotating_layers(config, num_layers)
     windows = _windows(config, architecture.blocks.windows, rotates)
-    ropes = read_ropes(
-        config,
-        head_dim,
-        rotates=rotates,
-        has_window=[window is not None for window in windows],
-        may_be_partial="partial_rotary_factor" in architecture.reads,
-    )
+    has_window = [window is not None for window in windows]
+    ropes = read_ropes(config, architecture, head_dim, rotates=rotates, has_window=has_window)
     norms = architecture.blocks.norms
     is_sparse = _sparse_layers(config, architecture.moe, num_layers)
     moe = None if architecture.moe is None else _moe(config, architecture, architecture.moe)
@@ -118,17 +115,22 @@ def _layers(config: Fields, architecture: Architecture) -> tuple[LayerSpec, ...]
         assert block is not None
         layers.append(
             LayerSpec(
-                attention=_attention(config, architecture, head_dim, rope, window),
+                attention=_attention(config, architecture, head_dim, rope=rope, window=window),
                 mlp=block,
-                norms_before=norms != "after",
-                norms_after=norms != "before",
+                norms_before=norms is not Norms.AFTER,
+                norms_after=norms is not Norms.BEFORE,
             )
         )
     return tuple(layers)
 
 
 def _attention(
-    config: Fields, architecture: Architecture, head_dim: int, rope: RopeSpec, window: int | None
+    config: Fields,
+    architecture: Architecture,
+    head_dim: int,
+    *,
+    rope: RopeSpec,
+    window: int | None,
 ) -> AttentionSpec:
     blocks = architecture.blocks
     num_heads = config.whole("num_attention_heads")
@@ -178,9 +180,7 @@ def _mlp(config: Fields, architecture: Architecture, size_key: str) -> MlpSpec:
 
 
 def _activation(config: Fields, architecture: Architecture) -> Activation:
-    key = architecture.blocks.activation_key
-    config.only(key, *ACTIVATIONS)
-    return ACTIVATIONS[config.raw(key) or "silu"]
+    return ACTIVATIONS[config.choice(architecture.blocks.activation_key, *ACTIVATIONS)]
 
 
 def _moe(config: Fields, architecture: Architecture, moe: Moe) -> MoeSpec:
@@ -211,7 +211,7 @@ def _sparse_layers(config: Fields, moe: Moe | None, num_layers: int) -> list[boo
     if moe is None:
         return [False] * num_layers
     step = config.whole("decoder_sparse_step", 1)
-    dense = config.whole_list("mlp_only_layers")
+    dense = set(config.whole_list("mlp_only_layers"))
     return [i not in dense and (i + 1) % step == 0 for i in range(num_layers)]
 
 
@@ -219,9 +219,9 @@ def _rotating_layers(config: Fields, num_layers: int) -> list[bool]:
     """Which layers have rotary embedding."""
     said = config.whole_list("no_rope_layers")
     if said:
-        if len(said) != num_layers or not set(said) <= {0, 1}:
+        if len(said) < num_layers or not set(said) <= {0, 1}:
             raise config.refuse("no_rope_layers", f"it must hold {num_layers} of 0 and 1")
-        return [one == 1 for one in said]
+        return [one == 1 for one in said[:num_layers]]
     interval = config.whole("no_rope_layer_interval", num_layers + 1)
     return [(i + 1) % interval != 0 for i in range(num_layers)]
 
@@ -253,18 +253,18 @@ def _windows(config: Fields, rule: WindowRule | None, rotates: list[bool]) -> li
 
 
 WINDOW_RULES: Mapping[WindowRule, Callable[[Fields, int, bool], bool]] = {
-    "every_layer": lambda config, i, rotates: True,
-    "alternate": lambda config, i, rotates: i % 2 == 0,
-    "all_but_each_nth": lambda config, i, rotates: (
+    WindowRule.EVERY_LAYER: lambda config, i, rotates: True,
+    WindowRule.ALTERNATE: lambda config, i, rotates: i % 2 == 0,
+    WindowRule.ALL_BUT_EACH_NTH: lambda config, i, rotates: (
         (i + 1) % config.whole("sliding_window_pattern") != 0
     ),
-    "from_max_window_layers": lambda config, i, rotates: (
+    WindowRule.FROM_MAX_WINDOW_LAYERS: lambda config, i, rotates: (
         i >= config.whole("max_window_layers", low=0)
     ),
-    "alternate_below_max_window_layers": lambda config, i, rotates: (
+    WindowRule.ALTERNATE_BELOW_MAX_WINDOW_LAYERS: lambda config, i, rotates: (
         i % 2 == 0 and i < config.whole("max_window_layers", low=0)
     ),
-    "without_rotation": lambda config, i, rotates: not rotates,
+    WindowRule.WITHOUT_ROTATION: lambda config, i, rotates: not rotates,
 }
 
 

@@ -6,6 +6,7 @@ It may be written as `rope_theta` and `rope_scaling`, as one `rope_parameters`, 
 import math
 from collections.abc import Callable, Mapping
 
+from vivace.engine.models.architecture import Architecture
 from vivace.engine.models.json_fields import Fields
 from vivace.engine.models.spec import (
     LinearScaling,
@@ -18,92 +19,102 @@ from vivace.engine.models.spec import (
 
 LEAST_THETA = 1.001  # at 1 all frequencies are the same
 NO_ROTATION = RopeSpec(theta=1.0, rotary_dim=0)
-LAYER_KINDS = ("full_attention", "sliding_attention")
+FULL, WINDOWED = "full_attention", "sliding_attention"
+THETA, PART = "rope_theta", "partial_rotary_factor"
+ORIGINAL = "original_max_position_embeddings"
+WINDOWED_THETA = "rope_local_base_freq"
 
 
 def read_ropes(
     config: Fields,
+    architecture: Architecture,
     head_dim: int,
     *,
     rotates: list[bool],
     has_window: list[bool],
-    may_be_partial: bool,
 ) -> list[RopeSpec]:
-    """One for each layer. Raises ArtifactError naming a key that is wrong or not supported.
-
-    `may_be_partial`: whether the architecture knows of heads that are rotated in part.
-    """
-    if not may_be_partial:
-        config.only("partial_rotary_factor", 1, 1.0)
-    full, windowed = _tables(config)
-    full_rope = _rope(config, full, "rope_theta", head_dim, may_be_partial)
-    windowed_rope = full_rope
-    if windowed is not None:
-        windowed_rope = _rope(config, windowed, "rope_local_base_freq", head_dim, may_be_partial)
+    """One for each layer. Raises ArtifactError naming a key that is wrong or not supported."""
+    full, windowed = _tables(config, architecture)
+    max_position = config.whole("max_position_embeddings", low=2)
+    full_rope, windowed_rope = (
+        _rope(table, architecture, head_dim, max_position=max_position)
+        for table in (full, windowed)
+    )
     return [
         (windowed_rope if window else full_rope) if rotating else NO_ROTATION
         for rotating, window in zip(rotates, has_window, strict=True)
     ]
 
 
-def _tables(config: Fields) -> tuple[Fields, Fields | None]:
-    """The parameters of layers that see everything, and of windowed ones where those have their own."""
-    # With both, transformers takes the older.
-    table = config.table("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
-    if "rope_local_base_freq" not in config:
-        return table, None
-    if any(kind in table for kind in LAYER_KINDS):
-        table.only_keys(*LAYER_KINDS)
-        return table.table(LAYER_KINDS[0]), table.table(LAYER_KINDS[1])
-    return table, Fields(table.file, {})  # the older way: scaling is for full layers alone
+def _tables(config: Fields, architecture: Architecture) -> tuple[Fields, Fields]:
+    """The parameters of layers that see everything, and of those with a window, completed from the
+    keys beside them."""
+    scaling, parameters = config.table("rope_scaling"), config.table("rope_parameters")
+    if not scaling and "rope_parameters" not in config:
+        parameters = parameters.with_defaults(architecture.default_rope)
+    part = {PART: config.raw(PART)} if PART in config else {}
+    beside = {THETA: config.real(THETA, low=LEAST_THETA), **part}
+    original = {ORIGINAL: config.raw(ORIGINAL)} if ORIGINAL in config else {}
+    if WINDOWED_THETA not in architecture.reads:
+        # With both, transformers takes the older; of the original context, what is said beside.
+        table = (scaling or parameters).with_values(original).with_defaults(beside)
+        return table, table
+    parameters.only_keys(FULL, WINDOWED)
+    if scaling and parameters:
+        raise config.refuse("rope_scaling", "rope_parameters is there too")
+    full, windowed = scaling or parameters.table(FULL), parameters.table(WINDOWED)
+    return (
+        full.with_defaults(beside),
+        windowed.with_defaults({THETA: config.real(WINDOWED_THETA, low=LEAST_THETA), **part}),
+    )
 
 
 def _rope(
-    config: Fields, table: Fields, theta_key: str, head_dim: int, may_be_partial: bool
+    table: Fields, architecture: Architecture, head_dim: int, *, max_position: int
 ) -> RopeSpec:
     key = "rope_type" if "rope_type" in table else "type"  # its older name
-    table.only(key, *SCALINGS)
-    kind = table.raw(key) or "default"
-    keys, read_scaling = SCALINGS[kind]
-    table.only_keys("rope_theta", "rope_type", "type", "partial_rotary_factor", *keys)
-    if not may_be_partial:
-        table.only("partial_rotary_factor", 1, 1.0)
-    theta = table.real("rope_theta", config.real(theta_key, low=LEAST_THETA), low=LEAST_THETA)
-    fraction = config.real("partial_rotary_factor", 1.0, high=1.0)
-    rotary_dim = int(head_dim * table.real("partial_rotary_factor", fraction, high=1.0))
+    table.only(key, *sorted(architecture.rope_types))
+    keys, read_scaling = SCALINGS[table.raw(key) or "default"]
+    table.only_keys("rope_type", "type", THETA, PART, ORIGINAL, *keys)
+    if not architecture.partial_rotation:
+        table.only(PART, 1, 1.0)
+    rotary_dim = int(head_dim * table.real(PART, 1.0, high=1.0))
     if rotary_dim < 2 or rotary_dim % 2:
-        raise config.refuse(
-            "partial_rotary_factor",
+        raise table.refuse(
+            PART,
             f"it must leave an even number of the {head_dim} elements of a head, got {rotary_dim}",
         )
-    return RopeSpec(theta, rotary_dim, read_scaling(config, table, rotary_dim))
+    table = table.with_defaults({ORIGINAL: max_position})
+    original = table.whole(ORIGINAL, low=2)
+    if "attention_factor" in keys:  # the kinds that take the ratio of the contexts for it
+        table = table.with_defaults({"factor": max_position / original})
+    scaling = read_scaling(table, original, rotary_dim)
+    return RopeSpec(table.real(THETA, low=LEAST_THETA), rotary_dim, scaling)
 
 
-def _unscaled(config: Fields, table: Fields, rotary_dim: int) -> None:
+def _unscaled(table: Fields, original: int, rotary_dim: int) -> None:
     return None
 
 
-def _linear(config: Fields, table: Fields, rotary_dim: int) -> Scaling:
+def _linear(table: Fields, original: int, rotary_dim: int) -> Scaling:
     return LinearScaling(table.real("factor"))
 
 
-def _llama3(config: Fields, table: Fields, rotary_dim: int) -> Scaling:
+def _llama3(table: Fields, original: int, rotary_dim: int) -> Scaling:
     scaling = Llama3Scaling(
         factor=table.real("factor"),
         low_freq_factor=table.real("low_freq_factor"),
         high_freq_factor=table.real("high_freq_factor"),
-        original_max_position=_original_max_position(config, table),
+        original_max_position=original,
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise table.refuse("high_freq_factor", "it must be above low_freq_factor")
     return scaling
 
 
-def _yarn(config: Fields, table: Fields, rotary_dim: int) -> Scaling:
-    original = _original_max_position(config, table)
-    factor = table.real("factor", config.whole("max_position_embeddings") / original)
-    mscale, mscale_all_dim = table.raw("mscale"), table.raw("mscale_all_dim")
-    if mscale and mscale_all_dim:
+def _yarn(table: Fields, original: int, rotary_dim: int) -> Scaling:
+    factor = table.real("factor")
+    if table.raw("mscale") and table.raw("mscale_all_dim"):
         over = _yarn_attention(factor, table.real("mscale_all_dim"))
         attention_factor = _yarn_attention(factor, table.real("mscale")) / over
     else:
@@ -112,7 +123,7 @@ def _yarn(config: Fields, table: Fields, rotary_dim: int) -> Scaling:
         factor=factor,
         beta_fast=table.real("beta_fast", 32.0),
         beta_slow=table.real("beta_slow", 1.0),
-        truncate=table.flag("truncate", True),
+        truncate=table.flag("truncate", not table.says("truncate")),  # null is false
         attention_factor=table.real("attention_factor", attention_factor),
         original_max_position=original,
     )
@@ -123,9 +134,8 @@ def _yarn_attention(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def _longrope(config: Fields, table: Fields, rotary_dim: int) -> Scaling:
-    original = _original_max_position(config, table)
-    factor = table.real("factor", config.whole("max_position_embeddings") / original)
+def _longrope(table: Fields, original: int, rotary_dim: int) -> Scaling:
+    factor = table.real("factor")
     attention_factor = 1.0
     if factor > 1:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
@@ -144,23 +154,14 @@ def _factors(table: Fields, key: str, count: int) -> tuple[float, ...]:
     return factors
 
 
-def _original_max_position(config: Fields, table: Fields) -> int:
-    """What the config says outside of the table comes first, as in transformers."""
-    within = table.whole(
-        "original_max_position_embeddings", config.whole("max_position_embeddings"), low=2
-    )
-    return config.whole("original_max_position_embeddings", within, low=2)
-
-
-ORIGINAL = "original_max_position_embeddings"
-LONGROPE = ("factor", "short_factor", "long_factor", "attention_factor", ORIGINAL)
-YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+LONGROPE = ("factor", "short_factor", "long_factor", "attention_factor")
+YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # rope_type -> the keys that it may have, and who reads them
-SCALINGS: Mapping[str, tuple[tuple[str, ...], Callable[[Fields, Fields, int], Scaling | None]]] = {
-    "default": ((ORIGINAL,), _unscaled),
+SCALINGS: Mapping[str, tuple[tuple[str, ...], Callable[[Fields, int, int], Scaling | None]]] = {
+    "default": ((), _unscaled),
     "linear": (("factor",), _linear),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), _llama3),
-    "yarn": (("factor", "attention_factor", ORIGINAL, *YARN), _yarn),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
+    "yarn": ((*YARN, "truncate"), _yarn),
     "longrope": (LONGROPE, _longrope),
     "su": (LONGROPE, _longrope),  # its older name
 }

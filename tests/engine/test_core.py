@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.architectures import LONGROPE
+from tests.architectures.phi3 import LONGROPE
 from tests.step_driver import make_driver
 from tests.tiny_models import make_checkpoint
 from vivace.engine import core

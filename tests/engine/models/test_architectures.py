@@ -1,6 +1,8 @@
 """The data files: what each architecture reads of config.json, against transformers' own config classes."""
 
 import json
+import tomllib
+from importlib import resources
 
 import pytest
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -9,21 +11,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.architectures import MODELS
 from tests.tiny_models import SHAPE
 from vivace.engine.errors import ArtifactError
-from vivace.engine.models.architecture import (
-    CORE_KEYS,
-    HARMLESS_KEYS,
-    read_architecture,
-    supported,
-)
+from vivace.engine.models.architecture import read_architecture, supported
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Kind, values_of
+from vivace.engine.models.rope import attention_factor
 from vivace.engine.models.spec import Activation, MlpSpec, MoeSpec, QkNorm
 from vivace.engine.models.weights import generic_name
 
 MODEL_TYPES = {  # architecture -> transformers' model_type
     name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in supported()
 }
+ARCHITECTURES = resources.files("vivace.engine.models") / "architectures"
 # Values under which a key that is read only sometimes is read.
 NEEDED = {
     "max_window_layers": {"use_sliding_window": True, "layer_types": None},
@@ -33,6 +32,11 @@ NEEDED = {
     "no_rope_layer_interval": {"no_rope_layers": None},
     "intermediate_size": {"mlp_only_layers": [0]},
 }
+
+
+def own_weights(name):
+    """Names of the weights that an architecture's own file lists."""
+    return tomllib.loads((ARCHITECTURES / f"{name}.toml").read_text()).get("weights", {}).keys()
 
 
 def minimal(name, **changes):
@@ -81,7 +85,8 @@ def test_absent_keys_mean_what_they_mean_to_transformers(write, name):
     """Every default, and what follows from them layer by layer."""
     config_class = CONFIG_MAPPING[MODEL_TYPES[name]]
     theirs = config_class(**minimal(name))
-    elsewhere = {"rope_theta", "rope_parameters", "rope_local_base_freq", "sliding_window_pattern"}
+    assert read_architecture(name).model_type == MODEL_TYPES[name]
+    elsewhere = {"rope_theta", "rope_local_base_freq", "sliding_window_pattern"}
     for key, value in read_architecture(name).defaults.items():
         if key == "num_experts" and not hasattr(config_class, key):
             key = "num_local_experts"
@@ -111,8 +116,8 @@ def test_every_key_that_is_listed_is_read(write, name):
     """A value of the wrong type is refused by name, or would have been ignored."""
     architecture = read_architecture(name)
     moe = {"num_experts": 4, "num_experts_per_tok": 2} if architecture.moe else {}
-    elsewhere = {"architectures", "eos_token_id", "original_max_position_embeddings"}
-    for key in sorted(CORE_KEYS | architecture.reads):
+    elsewhere = {"architectures", "eos_token_id"}
+    for key in sorted(architecture.reads):
         if key in elsewhere:
             continue
         context = {k: v for k, v in NEEDED.get(key, {}).items() if k in architecture.reads}
@@ -129,10 +134,9 @@ def test_any_other_key_is_refused_by_name_and_harmless_ones_are_not(write, name)
         with pytest.raises(ArtifactError, match=r"mystery is (1|null); this key is not supported"):
             read_spec(write(minimal(name) | {"mystery": value}))
     plain = read_spec(write(minimal(name)))
-    harmless = HARMLESS_KEYS | read_architecture(name).harmless
-    assert not harmless & (CORE_KEYS | read_architecture(name).reads)
-    assert not harmless & read_architecture(name).refused
-    noise = dict.fromkeys([*harmless, "_name_or_path", "_mystery"], "anything")
+    architecture = read_architecture(name)
+    assert not architecture.harmless & (architecture.reads | architecture.refused)
+    noise = dict.fromkeys([*architecture.harmless, "_name_or_path", "_mystery"], "anything")
     assert read_spec(write(minimal(name) | noise)) == plain
 
 
@@ -168,7 +172,8 @@ def test_every_tensor_name_is_of_a_weight_that_some_program_has(write, name):
         for value in values_of(program)
         if value.kind is Kind.WEIGHT
     }
-    assert used == architecture.weights.keys()
+    assert used <= architecture.weights.keys()
+    assert own_weights(name) <= used
     assert architecture.transposed | architecture.interleaved <= used
 
 
@@ -269,3 +274,60 @@ def test_qwen2_moe_mixes_dense_and_sparse_layers(write):
 def test_only_the_layers_that_say_so_rotate(write):
     spec = read_spec(write(minimal("SmolLM3ForCausalLM")))
     assert [layer.attention.rope.rotary_dim for layer in spec.layers] == [4, 4, 4, 0, 4, 4]
+
+
+GPT_OSS_FACTOR = 1.3465735902799727  # 0.1 ln 32 + 1
+
+
+def test_gpt_oss_has_a_rotation_of_its_own_where_config_json_has_none(write):
+    for nothing in ({}, {"rope_parameters": None}, {"rope_scaling": None}):
+        rope = read_spec(write(minimal("GptOssForCausalLM") | nothing)).layers[0].attention.rope
+        assert attention_factor(rope) == pytest.approx(GPT_OSS_FACTOR)
+    plain = minimal("GptOssForCausalLM") | {"rope_parameters": {"rope_type": "default"}}
+    assert read_spec(write(plain)).layers[0].attention.rope.scaling is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_type"),
+        (
+            {
+                "rope_parameters": {"full_attention": {"rope_type": "default"}},
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "rope_scaling is .*rope_parameters is there too",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type"),
+    ],
+)
+def test_gemma_3_refuses_rotations_that_transformers_would_read_otherwise(write, change, named):
+    with pytest.raises(ArtifactError, match=named):
+        read_spec(write(minimal("Gemma3ForCausalLM") | change))
+
+
+def test_flags_of_the_data_files_are_keys_that_are_read():
+    for name in supported():
+        architecture = read_architecture(name)
+        blocks, moe = architecture.blocks, architecture.moe
+        keys = [blocks.qkv_bias, blocks.out_bias, blocks.mlp_bias]
+        if moe is None or moe.activation is None:
+            keys.append(blocks.activation_key)
+        if moe is not None:
+            keys += [moe.hidden_size, moe.renormalize, moe.shared_hidden_size]
+        assert {key for key in keys if isinstance(key, str)} <= architecture.reads
+
+
+def test_a_mistake_in_a_data_file_is_found_when_it_is_read(tmp_path, monkeypatch):
+    text = (ARCHITECTURES / "Olmo2ForCausalLM.toml").read_text()
+    (tmp_path / "common.toml").write_text((ARCHITECTURES / "common.toml").read_text())
+    monkeypatch.setattr("vivace.engine.models.architecture.FOLDER", tmp_path)
+    for wrong in (
+        text.replace('norms = "after"', 'norms = "aftr"'),
+        text.replace("norms =", "normes ="),
+        text.replace("reads =", "reeds ="),
+    ):
+        assert wrong != text
+        (tmp_path / "Wrong.toml").write_text(wrong)
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            read_architecture.__wrapped__("Wrong")

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vivace.engine.models.architecture import read_architecture
 from vivace.engine.models.hf_rope import read_ropes
 from vivace.engine.models.json_fields import Fields
 from vivace.engine.models.rope import attention_factor, inverse_frequencies
@@ -32,7 +33,7 @@ SCALED = {
 }
 
 
-def ours(parameters, head_dim, theta, **config):
+def ours(parameters, head_dim, theta, *, name="LlamaForCausalLM", **config):
     """The rotation that is read from a config with these parameters."""
     values = {
         "max_position_embeddings": CONTEXT,
@@ -42,10 +43,10 @@ def ours(parameters, head_dim, theta, **config):
     }
     [rope] = read_ropes(
         Fields("config.json", values),
+        read_architecture(name),
         head_dim,
         rotates=[True],
         has_window=[False],
-        may_be_partial=True,
     )
     return rope
 
@@ -95,7 +96,11 @@ def test_longrope_has_a_table_for_each_kind_of_context(extra, rope_type):
         original_max_position_embeddings=4096,
     )
     rope = ours(
-        {"rope_type": rope_type, **parameters}, 64, 1e4, original_max_position_embeddings=4096
+        {"rope_type": rope_type, **parameters},
+        64,
+        1e4,
+        name="Phi3ForCausalLM",
+        original_max_position_embeddings=4096,
     )
     tables = inverse_frequencies(rope)
     for got, length in zip(tables, (4096, 4097), strict=True):

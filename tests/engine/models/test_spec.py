@@ -1,6 +1,7 @@
 """config.json to `ModelSpec`: what is read, and what is refused by name."""
 
 import json
+import os
 
 import pytest
 from transformers import AutoConfig
@@ -127,7 +128,7 @@ REFUSED = [  # what is changed, and what the message must name
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config.*mxfp4"),
     ({"mlp_bias": 1}, "mlp_bias is 1"),
-    ({"hidden_act": "relu"}, 'hidden_act is "relu".*"silu"'),
+    ({"hidden_act": "relu"}, 'hidden_act is "relu".*silu'),
     ({"sliding_window": 256}, "sliding_window is 256.*this key is not supported"),
     ({"sliding_window": None}, "sliding_window is null.*this key is not supported"),
     ({"layer_types": ["full_attention"] * 2}, "layer_types"),
@@ -187,3 +188,43 @@ def test_a_missing_config_is_refused(tmp_path):
 def test_gpt_nano_sort_is_refused_by_name(shared_data):
     with pytest.raises(ArtifactError, match="architecture GPT2LMHeadModel is not supported"):
         read_spec(shared_data / "models" / "gpt-nano-sort")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["\ud800"]},
+        {"architectures": ["\x1b[31mLlama\nproblem: none"]},
+        {"\ud800": 1},
+        {"\x1b[2J\n": 1},
+        {"hidden_act": "\udfff"},
+        {"rope_scaling": {"rope_type": "\x07"}},
+        {"vocab_size": "\n" * 10**6},
+    ],
+)
+def test_hostile_text_is_refused_in_one_printable_line(write, change):
+    with pytest.raises(ArtifactError) as caught:
+        read_spec(write(LLAMA | change))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1100
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ArtifactError, match=r"config\.json: is not a file"):
+        read_spec(tmp_path)
+
+
+def test_wild_numbers_of_layers_and_experts_are_refused_at_once(write):
+    moe = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    with pytest.raises(ArtifactError, match=r"num_experts is 1025"):
+        read_spec(write(moe | {"num_local_experts": 1025}))
+    with pytest.raises(ArtifactError, match=r"num_experts is 1000"):
+        read_spec(write(moe | {"num_local_experts": 1000, "num_hidden_layers": 4096}))
+    qwen = moe | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    many = {"num_hidden_layers": 1000, "mlp_only_layers": list(range(300_000))}
+    assert len(read_spec(write(qwen | many | {"num_key_value_heads": 4})).layers) == 1000
+
+
+def test_the_model_type_must_be_that_of_the_architecture(write):
+    with pytest.raises(ArtifactError, match='model_type is "mistral"; only "llama"'):
+        read_spec(write(LLAMA | {"model_type": "mistral"}))
