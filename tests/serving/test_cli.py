@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -82,7 +83,11 @@ def test_ctrl_c_ends_a_reply_and_ctrl_d_the_chat(server):
     """On a terminal of its own."""
     terminal, inside = pty.openpty()
     words = (*VIVACE, "chat", "--min-tokens", "1900", "--target", server.target)
-    chat = subprocess.Popen(words, stdin=inside, stdout=inside, stderr=inside)
+    # Where the tests run in the background of a shell they ignore SIGINT, and their children would too.
+    with_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    chat = subprocess.Popen(
+        words, stdin=inside, stdout=inside, stderr=inside, preexec_fn=with_sigint
+    )
     os.close(inside)
     try:
         read_until(terminal, "> ")
