@@ -13,7 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from vivace.engine.models.spec import Activation, QkNorm, Scoring
+from vivace.engine.models.spec import Activation, QkNorm
 
 FOLDER = resources.files("vivace.engine.models") / "architectures"
 COMMON = "common"
@@ -62,7 +62,6 @@ class Moe:
     hidden_size: str
     renormalize: Flag
     shared_hidden_size: str | None = None  # of the expert that every token goes to
-    scoring: Scoring = Scoring.SOFTMAX
     router_bias: bool = False
     expert_bias: bool = False
     activation: Activation | None = None  # instead of the config's
@@ -129,7 +128,6 @@ TYPES: Mapping[str, Callable[[Any], Any]] = {
     "norms": Norms,
     "windows": WindowRule,
     "qk_norm": QkNorm,
-    "scoring": Scoring,
     "activation": Activation,
 }
 

@@ -197,7 +197,6 @@ def _moe(config: Fields, architecture: Architecture, moe: Moe) -> MoeSpec:
         hidden_size=config.whole(moe.hidden_size),
         renormalize=_flag(config, moe.renormalize),
         activation=moe.activation or _activation(config, architecture),
-        scoring=moe.scoring,
         router_bias=moe.router_bias,
         expert_bias=moe.expert_bias,
         shared=None if shared_key is None else _mlp(config, architecture, shared_key),

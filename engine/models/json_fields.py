@@ -154,8 +154,7 @@ def read_fields(path: Path) -> Fields:
     """Read a JSON object. Raises ArtifactError if the file is missing, unreadable or holds
     something else."""
     try:
-        if not path.is_file() and path.exists():  # a pipe, say, which nobody might ever write to
-            raise ArtifactError(f"{path}: is not a file")
+        refuse_pipe(path)
         with path.open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -169,6 +168,12 @@ def read_fields(path: Path) -> Fields:
     if not isinstance(values, dict):
         raise ArtifactError(f"{path}: must hold a JSON object")
     return Fields(str(path), values)
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raise ArtifactError for what is there and is no file: a pipe might never be written to."""
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path}: is not a file")
 
 
 def _shown(value: Any) -> str:

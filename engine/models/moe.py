@@ -20,7 +20,7 @@ def emit_moe(b: Builder, layer: str, x_TM: Value, spec: MoeSpec) -> Value:
         "moe_route",
         (weights_TK, experts_TK),
         (logits_TE,),
-        (("scoring", spec.scoring.value), ("renormalize", spec.renormalize)),
+        (("scoring", "softmax"), ("renormalize", spec.renormalize)),
     )
     gate_up = b.weight(f"{at}.gate_up", E, 2 * F, M, parts=(F, F))
     down = b.weight(f"{at}.down", E, M, F)

@@ -23,13 +23,6 @@ class QkNorm(Enum):
     ROW = "row"  # all heads of a token together
 
 
-class Scoring(Enum):
-    """How router logits become scores."""
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-
-
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
     """All rotary frequencies divided by one number."""
@@ -118,14 +111,13 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """A router's choice of `top_k` of the experts, each an MLP, and perhaps one that is always chosen."""
+    """A router's choice of `top_k` of the experts by softmax, each an MLP, and perhaps one that is always chosen."""
 
     num_experts: int
     top_k: int
     hidden_size: int  # of an expert
     renormalize: bool  # whether the weights of the chosen sum to 1
     activation: Activation = Activation.SILU
-    scoring: Scoring = Scoring.SOFTMAX
     router_bias: bool = False
     expert_bias: bool = False
     shared: MlpSpec | None = None  # its output goes through a sigmoid gate

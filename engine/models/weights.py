@@ -19,7 +19,7 @@ import numpy as np
 
 from vivace.engine.errors import ArtifactError
 from vivace.engine.models.architecture import Architecture, read_architecture
-from vivace.engine.models.json_fields import read_fields
+from vivace.engine.models.json_fields import read_fields, refuse_pipe
 from vivace.engine.models.program import Kind, Program, Value, sized, values_of
 
 Array = np.ndarray[Any, Any]
@@ -52,9 +52,8 @@ BITS = {
 MAX_DIMENSIONS = 8
 SLAB_BYTES = 16 << 20  # of a file, that are read before their pages are given back
 READABLE = ("F32", "F16", "BF16")
-HARMLESS = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)  # follow from the config
+# Tensors of old checkpoints that follow from the config.
+HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +209,7 @@ def read_file(path: Path) -> list[Tensor]:
 
 def _mapped(path: Path) -> mmap.mmap:
     try:
-        if not path.is_file() and path.exists():
-            raise ArtifactError(f"{path}: is not a file")
+        refuse_pipe(path)
         with path.open("rb") as file:
             # A private mapping: arrays on it can be written to, as some libraries demand, and the
             # file never changes.
