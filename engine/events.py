@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+class Pooling(Enum):
+    """Which final hidden state stands for a prompt."""
+
+    MEAN = "mean"  # over all tokens
+    LAST = "last"  # of the last token
+
+
 class FinishReason(Enum):
     """Why a request ended. The last two are never a normal result."""
 
@@ -25,11 +32,18 @@ class Sampling:
     top_p: float
     min_p: float
     seed: int  # 0 .. 2**64 - 1
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is computed and nothing drawn, for its logprobs or its embedding
     min_tokens: int  # stop tokens are forbidden before this many
     stop_token_ids: tuple[int, ...]  # the checkpoint's end tokens included, unless ignored
     logprobs: int | None  # how many best tokens a step beside the chosen one; None: no logprobs
     prompt_logprobs: int | None
+    prompt_logprobs_start: int = 1  # >= 1, the first token of the prompt whose logprobs are wanted
+    repetition_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    bad_token_ids: tuple[int, ...] = ()  # never drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,8 @@ class EngineRequest:
     sampling: Sampling
     deadline: float | None = None  # absolute
     salt: bytes = b""  # requests share cached prefixes only with the same salt
+    priority: int = 0  # higher starts first; first come, first served among equals
+    pooling: Pooling | None = None  # set: its last event has the prompt's embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +91,11 @@ class TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     prompt_logprobs: tuple[
         TokenLogprobs | None, ...
-    ] = ()  # whole, on the first event; first is None
+    ] = ()  # whole, on the first event; None before `prompt_logprobs_start`
     finish: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it
     usage: Usage | None = None
+    embedding: tuple[float, ...] | None = None  # on the last event, where `pooling` was set
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +136,4 @@ class Loads:
     num_preemptions: int = 0
     num_requests_finished: int = 0
     num_requests_aborted: int = 0  # by abort (a stop string is one), hang-up or deadline
+    cancel_to_free_s: float = 0.0  # the longest that an abort took to free its blocks

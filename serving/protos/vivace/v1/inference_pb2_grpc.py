@@ -44,6 +44,41 @@ class InferenceStub:
                 request_serializer=vivace_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=vivace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateUnary = channel.unary_unary(
+                '/vivace.v1.Inference/GenerateUnary',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.FromString,
+                _registered_method=True)
+        self.ChatUnary = channel.unary_unary(
+                '/vivace.v1.Inference/ChatUnary',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.FromString,
+                _registered_method=True)
+        self.Batch = channel.unary_stream(
+                '/vivace.v1.Inference/Batch',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.BatchRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.BatchResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/vivace.v1.Inference/Embed',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/vivace.v1.Inference/Score',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/vivace.v1.Inference/Tokenize',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/vivace.v1.Inference/Detokenize',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/vivace.v1.Inference/Abort',
                 request_serializer=vivace_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
@@ -64,13 +99,18 @@ class InferenceStub:
                 request_serializer=vivace_dot_v1_dot_inference__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.WatchLoads = channel.unary_stream(
+                '/vivace.v1.Inference/WatchLoads',
+                request_serializer=vivace_dot_v1_dot_inference__pb2.WatchLoadsRequest.SerializeToString,
+                response_deserializer=vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Continue a prompt. One or more messages; the last one has `finish`.
+        """Continue a prompt. One or more messages for each of the `n` replies; the last one of each has `finish`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +118,55 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """Continue a conversation, rendered by the checkpoint's chat template. FAILED_PRECONDITION if it has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateUnary(self, request, context):
+        """Generate, with all replies in one message once the last has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChatUnary(self, request, context):
+        """Chat, with all replies in one message once the last has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Batch(self, request, context):
+        """Many requests in one call, each answered when it has ended. A request that fails fails alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """The model's final hidden state of some texts, pooled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How probable the model finds some continuations of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Token ids of a text, or of a conversation as the chat template renders it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +200,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoads(self, request, context):
+        """The same again and again, until the caller hangs up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -123,6 +219,41 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=vivace_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=vivace_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateUnary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateUnary,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
+            'ChatUnary': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChatUnary,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
+            'Batch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Batch,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.BatchRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.BatchResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -142,6 +273,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'GetLoads': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoads,
                     request_deserializer=vivace_dot_v1_dot_inference__pb2.GetLoadsRequest.FromString,
+                    response_serializer=vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'WatchLoads': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoads,
+                    request_deserializer=vivace_dot_v1_dot_inference__pb2.WatchLoadsRequest.FromString,
                     response_serializer=vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.SerializeToString,
             ),
     }
@@ -199,6 +335,195 @@ class Inference:
             '/vivace.v1.Inference/Chat',
             vivace_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             vivace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateUnary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/GenerateUnary',
+            vivace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChatUnary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/ChatUnary',
+            vivace_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Batch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vivace.v1.Inference/Batch',
+            vivace_dot_v1_dot_inference__pb2.BatchRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.BatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/Embed',
+            vivace_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/Score',
+            vivace_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/Tokenize',
+            vivace_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vivace.v1.Inference/Detokenize',
+            vivace_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -306,6 +631,33 @@ class Inference:
             target,
             '/vivace.v1.Inference/GetLoads',
             vivace_dot_v1_dot_inference__pb2.GetLoadsRequest.SerializeToString,
+            vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vivace.v1.Inference/WatchLoads',
+            vivace_dot_v1_dot_inference__pb2.WatchLoadsRequest.SerializeToString,
             vivace_dot_v1_dot_inference__pb2.GetLoadsResponse.FromString,
             options,
             channel_credentials,
