@@ -31,6 +31,7 @@ class TextEvent:
     finish: FinishReason | None = None
     stop: int | str | None = None  # the token or string that ended it
     usage: Usage | None = None
+    index: int = 0  # which reply of its request
 
 
 class Detokenizer:

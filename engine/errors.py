@@ -33,6 +33,18 @@ class Overloaded(EngineError):
     code = "overloaded"
 
 
+class Cancelled(EngineError):
+    """Somebody ended the request by its id."""
+
+    code = "cancelled"
+
+
+class DeadlineExceeded(EngineError):
+    """The request's time ran out in the engine before its caller noticed."""
+
+    code = "deadline_exceeded"
+
+
 class EngineDied(EngineError):
     """The engine process is gone or silent; nothing can be served by it any more."""
 

@@ -32,7 +32,9 @@ class Sampling:
     top_p: float
     min_p: float
     seed: int  # 0 .. 2**64 - 1
-    max_tokens: int  # 0: the prompt is computed and nothing drawn, for its logprobs or its embedding
+    max_tokens: (
+        int  # 0: the prompt is computed and nothing drawn, for its logprobs or its embedding
+    )
     min_tokens: int  # stop tokens are forbidden before this many
     stop_token_ids: tuple[int, ...]  # the checkpoint's end tokens included, unless ignored
     logprobs: int | None  # how many best tokens a step beside the chosen one; None: no logprobs

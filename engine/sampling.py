@@ -87,18 +87,30 @@ class TextRules:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0  # stop strings wait for this many
+    echo: bool = False  # the prompt's text comes first
 
 
-def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
-    """Raise InvalidRequest if the prompt is empty, too long or names a token that does not exist."""
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """How many replies are wanted, and how many are drawn to choose them from."""
+
+    n: int = 1
+    best_of: int = 1
+
+
+def check_prompt(
+    token_ids: Sequence[int], limits: ModelLimits, *, name: str = "prompt", min_room: int = 1
+) -> None:
+    """Raise InvalidRequest if a prompt is empty, names a token that does not exist, or leaves less room in the context."""
     if not token_ids:
-        raise InvalidRequest("prompt must hold at least one token, got 0")
-    if len(token_ids) >= limits.max_context_tokens:
+        raise InvalidRequest(f"{name} must hold at least one token, got 0")
+    most = limits.max_context_tokens - min_room
+    if len(token_ids) > most:
         raise InvalidRequest(
-            f"prompt must be shorter than the context of {limits.max_context_tokens} tokens, "
-            f"got {len(token_ids)}"
+            f"{name} must hold at most {most} tokens, with a context of "
+            f"{limits.max_context_tokens}, got {len(token_ids)}"
         )
-    _check_token_ids("prompt_token_ids", token_ids, limits)
+    check_token_ids(name, token_ids, limits)
 
 
 def resolve(
@@ -119,7 +131,7 @@ def resolve(
         raise InvalidRequest(
             f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(stop_ids)}"
         )
-    _check_token_ids("stop_token_ids", stop_ids, limits)
+    check_token_ids("stop_token_ids", stop_ids, limits)
     if not params.ignore_eos:
         stop_ids = tuple(dict.fromkeys((*stop_ids, *defaults.eos_token_ids)))
     sampling = Sampling(
@@ -131,8 +143,8 @@ def resolve(
         max_tokens=min(max_tokens, room),
         min_tokens=min(min_tokens, room),
         stop_token_ids=stop_ids,
-        logprobs=_optional_count("logprobs", params.logprobs, limits),
-        prompt_logprobs=_optional_count("prompt_logprobs", params.prompt_logprobs, limits),
+        logprobs=check_logprobs("logprobs", params.logprobs, limits),
+        prompt_logprobs=check_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
     )
     rules = TextRules(
         stop=_stop_strings(params.stop),
@@ -180,7 +192,14 @@ def _whole(name: str, value: int | None, default: int, low: int, high: int | Non
     return value
 
 
-def _optional_count(name: str, value: int | None, limits: ModelLimits) -> int | None:
+def check_count(name: str, count: int, most: int) -> None:
+    """Raise InvalidRequest unless a list has at least one entry, and at most so many."""
+    if not 1 <= count <= most:
+        raise InvalidRequest(f"{name} must hold 1..{most} entries, got {count}")
+
+
+def check_logprobs(name: str, value: int | None, limits: ModelLimits) -> int | None:
+    """How many best tokens a place; None: no logprobs. Raises InvalidRequest."""
     if value is None:
         return None
     return min(_whole(name, value, 0, 0, MAX_LOGPROBS), limits.vocab_size)
@@ -207,7 +226,8 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return strings
 
 
-def _check_token_ids(name: str, token_ids: Sequence[int], limits: ModelLimits) -> None:
+def check_token_ids(name: str, token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """Raise InvalidRequest unless all are in the vocabulary."""
     for token_id in token_ids:
         if (
             isinstance(token_id, bool)

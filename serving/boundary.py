@@ -1,16 +1,19 @@
-"""Where what nobody expected ends: an error that escapes a handler, a request that is no protobuf.
+"""Where errors become statuses, for every RPC: those raised on purpose by their table, a request that is no protobuf, and
+what nobody expected.
 
-The one becomes INTERNAL for that call alone, with a traceback in the log; the other INVALID_ARGUMENT.
+The last becomes INTERNAL for that call alone, with a traceback in the log.
 """
 
 import sys
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+
+from vivace.engine.errors import EngineError, InvalidRequest
+from vivace.serving import status
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -28,11 +31,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
-        wrap = _guard_stream if handler.response_streaming else _guard_unary
         kind = "unary_stream" if handler.response_streaming else "unary_unary"
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            wrap(getattr(handler, kind)),
+            _guarded(getattr(handler, kind)),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -50,42 +52,22 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-def _guard_stream(
-    behavior: Callable[..., AsyncGenerator[Any]],
-) -> Callable[..., AsyncIterator[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        try:
-            if request is None:
-                await _refuse(context)
-            async with aclosing(behavior(request, context)) as responses:
-                async for response in responses:
-                    yield response
-        except grpc.aio.AbortError:
-            raise
-        except Exception:  # noqa: BLE001 - the boundary
-            await _report(context)
+def _guarded(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Of a handler that returns its response, or writes them."""
 
-    return guarded
-
-
-def _guard_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             if request is None:
-                await _refuse(context)
+                raise InvalidRequest("the request is not valid protobuf")
             return await behavior(request, context)
         except grpc.aio.AbortError:
             raise
+        except EngineError as error:
+            await status.abort(context, error)
         except Exception:  # noqa: BLE001 - the boundary
-            await _report(context)
+            traceback.print_exc(file=sys.stderr)
+            await context.abort(
+                grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
+            )
 
     return guarded
-
-
-async def _refuse(context: grpc.aio.ServicerContext) -> None:
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid protobuf")
-
-
-async def _report(context: grpc.aio.ServicerContext) -> None:
-    traceback.print_exc(file=sys.stderr)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")

@@ -1,40 +1,65 @@
 """Protobuf to the engine's words and back. Refuses what is not served, by name; checks no values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vivace.engine.chat_template import ChatMessage
 from vivace.engine.completion import TextEvent
-from vivace.engine.errors import Unimplemented
-from vivace.engine.events import EngineInfo, FinishReason, Loads, TokenLogprobs, Usage
+from vivace.engine.errors import InvalidRequest, Unimplemented
+from vivace.engine.events import (
+    EngineInfo,
+    FinishReason,
+    Loads,
+    Pooling,
+    TokenLogprobs,
+    Usage,
+)
 from vivace.engine.sampling import GenerationDefaults, SamplingParams
+from vivace.engine.scoring import Embedding, Score
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "ignore_eos", "n",
     "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
-RESPONSE = ("logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens")
-LISTS = ("stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+RESPONSE = (
+    "logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+CONVERSATION = {"messages", "continue_final_message", "add_generation_prompt", "template_variables"}
+CALL = {"request_id", "model", "sampling", "response", "options"}
 SERVED = {  # message -> its fields that are read; any other field that is set is refused
-    "GenerateRequest": {
-        "request_id", "model", "text", "token_ids", "sampling", "response", "options",
-    },
-    "ChatRequest": {
-        "request_id", "model", "messages", "sampling", "response", "options",
-        "add_generation_prompt",
-    },
-    "ChatMessage": {"role", "content"},
-    "SamplingParams": {*SAMPLING, *LISTS},
+    "GenerateRequest": {*CALL, "text", "token_ids"},
+    "ChatRequest": {*CALL, *CONVERSATION},
+    "Conversation": CONVERSATION,
+    "ChatMessage": {"role", "content", "tool_calls", "tool_call_id", "name", "content_parts"},
+    "ToolCall": {"id", "name", "arguments_json"},
+    "ContentPart": {"text"},
+    "SamplingParams": {*SAMPLING, *LISTS, "logit_bias"},
     "ResponseOptions": set(RESPONSE),
-    "RequestOptions": {"cache_salt"},
+    "RequestOptions": {"cache_salt", "priority"},
     "TokenIds": {"ids"},
+    "Prompt": {"text", "token_ids"},
+    "EmbedRequest": {"request_id", "model", "inputs", "pooling", "normalize", "options"},
+    "ScoreRequest": {
+        "request_id", "model", "prompt", "continuations", "logprobs", "prompt_logprobs", "options",
+    },
+    "TokenizeRequest": {"model", "text", "chat", "add_special_tokens", "return_tokens"},
 }  # fmt: skip
 REASONS = {
     FinishReason.STOP: pb.Finish.REASON_STOP,
     FinishReason.LENGTH: pb.Finish.REASON_LENGTH,
 }
 
+POOLING = {pb.EmbedRequest.POOLING_MEAN: Pooling.MEAN, pb.EmbedRequest.POOLING_LAST: Pooling.LAST}
+
 Request = pb.GenerateRequest | pb.ChatRequest
+Call = Request | pb.EmbedRequest | pb.ScoreRequest
+
+
+def optional(message: Any, name: str) -> Any:
+    """A field's value; None if it is unset."""
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def refuse_unserved(message: Any, at: str = "") -> None:
@@ -57,33 +82,94 @@ def sampling_params(request: Request) -> SamplingParams:
     }
     found |= {name: getattr(response, name) for name in RESPONSE if response.HasField(name)}
     found |= {name: list(getattr(sampling, name)) for name in LISTS if getattr(sampling, name)}
+    if sampling.logit_bias:
+        found["logit_bias"] = dict(sampling.logit_bias)
     return SamplingParams(**found)
 
 
-def chat_messages(request: pb.ChatRequest) -> list[ChatMessage]:
+def chat_messages(request: pb.ChatRequest | pb.Conversation) -> list[ChatMessage]:
     """The conversation."""
-    return [ChatMessage(message.role, message.content) for message in request.messages]
+    return [ChatMessage(message.role, content_of(message)) for message in request.messages]
+
+
+def content_of(message: pb.ChatMessage) -> str:
+    """The text of a turn, wherever it stands."""
+    if not message.content_parts:
+        return message.content
+    if message.HasField("content"):
+        raise InvalidRequest("content and content_parts must not both be set in a message")
+    for part in message.content_parts:
+        if part.WhichOneof("part") is None:
+            raise InvalidRequest("content_parts must hold parts that are set: text")
+    return "".join(part.text for part in message.content_parts)
 
 
 def response(event: TextEvent) -> pb.GenerateResponse:
     """One message of a stream."""
     message = pb.GenerateResponse(
         request_id=event.request_id,
-        index=0,
+        index=event.index,
         text=event.text,
         token_ids=event.token_ids,
         logprobs=map(_place, event.logprobs),
         prompt_logprobs=map(_place, event.prompt_logprobs),
     )
     if event.finish is not None:
-        assert event.usage is not None
-        finish = pb.Finish(reason=REASONS[event.finish], usage=_usage(event.usage))
-        if isinstance(event.stop, int):
-            finish.stop_token_id = event.stop
-        elif event.stop is not None:
-            finish.stop_string = event.stop
-        message.finish.CopyFrom(finish)
+        message.finish.CopyFrom(_finish(event))
     return message
+
+
+def unary_response(request_id: str, events: Sequence[TextEvent]) -> pb.GenerateUnaryResponse:
+    """All events of a request in one message."""
+    message = pb.GenerateUnaryResponse(request_id=request_id)
+    of_reply: dict[int, list[TextEvent]] = {}
+    for event in events:
+        of_reply.setdefault(event.index, []).append(event)
+        message.prompt_logprobs.extend(map(_place, event.prompt_logprobs))
+    for index, parts in sorted(of_reply.items()):
+        message.replies.add(
+            index=index,
+            text="".join(event.text for event in parts),
+            token_ids=[token for event in parts for token in event.token_ids],
+            logprobs=[_place(place) for event in parts for place in event.logprobs],
+            finish=_finish(parts[-1]),
+        )
+    return message
+
+
+def embed_response(request_id: str, found: Sequence[Embedding]) -> pb.EmbedResponse:
+    """One embedding an input."""
+    return pb.EmbedResponse(
+        request_id=request_id,
+        embeddings=[
+            pb.Embedding(values=one.values, prompt_tokens=one.usage.prompt_tokens) for one in found
+        ],
+    )
+
+
+def score_response(
+    request_id: str,
+    scores: Sequence[Score],
+    *,
+    prompt_tokens: int,
+    prompt_logprobs: Sequence[TokenLogprobs | None],
+    shows_places: bool,
+) -> pb.ScoreResponse:
+    """One score a continuation."""
+    return pb.ScoreResponse(
+        request_id=request_id,
+        scores=[
+            pb.ContinuationScore(
+                sum_logprob=one.sum_logprob,
+                mean_logprob=one.mean_logprob,
+                token_ids=[place.token_id for place in one.places],
+                logprobs=map(_place, one.places) if shows_places else (),
+            )
+            for one in scores
+        ],
+        prompt_logprobs=map(_place, prompt_logprobs),
+        prompt_tokens=prompt_tokens,
+    )
 
 
 def model_info(
@@ -108,8 +194,10 @@ def model_info(
     )
 
 
-def server_info(info: EngineInfo, *, version: str, uptime_s: float) -> pb.GetServerInfoResponse:
-    """How it is served."""
+def server_info(
+    info: EngineInfo, *, version: str, uptime_s: float, models: Sequence[str]
+) -> pb.GetServerInfoResponse:
+    """How it is served, and what else is."""
     return pb.GetServerInfoResponse(
         version=version,
         uptime_s=uptime_s,
@@ -122,6 +210,7 @@ def server_info(info: EngineInfo, *, version: str, uptime_s: float) -> pb.GetSer
         kv_bytes=info.kv_bytes,
         max_running=info.max_running,
         max_waiting=info.max_waiting,
+        models=models,
     )
 
 
@@ -129,6 +218,16 @@ def loads(loads: Loads) -> pb.GetLoadsResponse:
     """How busy it is; the two have the same names."""
     names = pb.GetLoadsResponse.DESCRIPTOR.fields_by_name
     return pb.GetLoadsResponse(**{name: getattr(loads, name) for name in names})
+
+
+def _finish(event: TextEvent) -> pb.Finish:
+    assert event.finish is not None and event.usage is not None
+    finish = pb.Finish(reason=REASONS[event.finish], usage=_usage(event.usage))
+    if isinstance(event.stop, int):
+        finish.stop_token_id = event.stop
+    elif event.stop is not None:
+        finish.stop_string = event.stop
+    return finish
 
 
 def _place(place: TokenLogprobs | None) -> pb.TokenLogprobs:

@@ -26,13 +26,14 @@ class LogEntry:
     started: float = field(default_factory=time.monotonic)
 
     def note(self, event: TextEvent) -> None:
-        """Count an event; the last one knows everything. Until then the first token's time is the front-end's."""
+        """Count an event. The first token's time is the front-end's until the engine's is known; of several replies, the
+        first one's end tells the rest."""
         if event.token_ids and self.completion_tokens == 0:
             self.first_token_ms = self._elapsed_ms()
         self.completion_tokens += len(event.token_ids)
-        if event.usage is not None:
+        if event.usage is not None and event.finish is not None and event.index == 0:
+            self.reason = event.finish.value
             self.cached_tokens = event.usage.cached_tokens
-            self.completion_tokens = event.usage.completion_tokens
             self.queue_ms = round(event.usage.queue_s * 1e3, 3)
             self.first_token_ms = round(event.usage.first_token_s * 1e3, 3)
 

@@ -21,13 +21,16 @@ from vivace.engine.runtimes.native import Child, NativeEngine
 from vivace.engine.tokenizer import Tokenizer
 from vivace.serving import reflection
 from vivace.serving.boundary import Boundary
+from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 from vivace.serving.request_log import RequestLog
-from vivace.serving.servicer import InferenceServicer, ServedModel
+from vivace.serving.running import RunningRequests
+from vivace.serving.servicer import InferenceServicer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+STALLED_READER_S = 30  # how long a client may not read its stream
 END_STREAMS_S = 0.5  # for streams to tell their clients how they ended
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
@@ -91,7 +94,10 @@ class Server:
         self._config = config
         self._engine_config = engine_config
         self._on_progress = on_progress
-        self._servicer = InferenceServicer(RequestLog())
+        self._models = Models((config.name,))
+        scheduler = engine_config.scheduler
+        most = 2 * (scheduler.max_running + scheduler.max_waiting)
+        self._running = RunningRequests(RequestLog(), max_requests=most)
         self._health = HealthServicer()
         self._stop = asyncio.Event()  # the first signal: drain
         self._abort = asyncio.Event()  # the second: end now
@@ -114,7 +120,8 @@ class Server:
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(options=OPTIONS, interceptors=(Boundary(SERVICE),))
-        pb_grpc.add_InferenceServicer_to_server(self._servicer, server)
+        servicer = InferenceServicer(self._models, self._running)
+        pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.add_to(server, (SERVICE, HEALTH))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -130,6 +137,7 @@ class Server:
         stopped = asyncio.create_task(self._stop.wait())
         died = asyncio.create_task(engine.died())
         ready = asyncio.create_task(self._load(engine))
+        readers = asyncio.create_task(self._running.end_stalled(STALLED_READER_S))
         try:
             await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
@@ -140,14 +148,14 @@ class Server:
             print(f"vivace: serving {self._config.name} on {where}", flush=True)
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            self._servicer.is_draining = True
+            self._running.drain()
             if not died.done():
                 return await self._drain(died)
             raise EngineDied(died.result())
         finally:
-            for task in (stopped, died, ready):
+            for task in (stopped, died, ready, readers):
                 task.cancel()
-            await asyncio.gather(stopped, died, ready, return_exceptions=True)
+            await asyncio.gather(stopped, died, ready, readers, return_exceptions=True)
 
     async def _load(self, engine: NativeEngine) -> None:
         directory = self._engine_config.model
@@ -158,10 +166,11 @@ class Server:
             names = ", ".join(defaults.ignored)
             print(f"vivace: generation_config.json: not applied: {names}", file=sys.stderr)
         print(f"vivace: {_summary(info)}", file=sys.stderr, flush=True)
-        self._servicer.model = ServedModel(self._config.name, engine, info, tokenizer, defaults)
+        name = self._config.name
+        self._models.loaded[name] = ServedModel(name, engine, info, tokenizer, defaults)
 
     async def _drain(self, died: "asyncio.Task[str]") -> int:
-        idle = asyncio.create_task(self._servicer.wait_idle())
+        idle = asyncio.create_task(self._running.wait_idle())
         abort = asyncio.create_task(self._abort.wait())
         await asyncio.wait((idle, abort, died), return_when=asyncio.FIRST_COMPLETED)
         is_done = idle.done()

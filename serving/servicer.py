@@ -1,113 +1,198 @@
-"""The wire: protobuf in, protobuf out, errors to status codes. Nothing is decided here."""
+"""The wire: protobuf in, protobuf out. Decides nothing; raises errors, of which `boundary` makes statuses.
+
+gRPC cancels a handler when its client hangs up or its deadline passes. That closes the events it reads, and closing them
+is how the engine learns to stop.
+"""
 
 import asyncio
-import re
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, aclosing, suppress
 
 import grpc
 
 from vivace import __version__
-from vivace.engine.completion import TextEvent, stream
-from vivace.engine.errors import EngineError, InvalidRequest
-from vivace.engine.events import EngineInfo, EngineRequest, FinishReason
-from vivace.engine.runtimes import Engine
-from vivace.engine.sampling import GenerationDefaults, ModelLimits, check_prompt, resolve
-from vivace.engine.tokenizer import Tokenizer
+from vivace.engine import scoring
+from vivace.engine.completion import TextEvent
+from vivace.engine.concurrent import merge
+from vivace.engine.errors import EngineError, InvalidRequest, Overloaded
+from vivace.engine.events import EngineRequest, Pooling
+from vivace.engine.replies import stream_replies
+from vivace.engine.sampling import (
+    Replies,
+    TextRules,
+    check_count,
+    check_logprobs,
+    check_prompt,
+    check_token_ids,
+    resolve,
+)
 from vivace.serving import convert
+from vivace.serving.convert import optional
+from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
-from vivace.serving.request_log import LogEntry, RequestLog
-from vivace.serving.status import (
-    AlreadyExists,
-    Cancelled,
-    DeadlineExceeded,
-    NotFound,
-    NotReady,
-    abort,
-    status_of,
-)
+from vivace.serving.running import Running, RunningRequests
+from vivace.serving.status import NotReady, details_of, status_of
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes into log lines: no line ends, no escapes
-DEADLINE_SLACK_S = 0.05  # a client hangs up at its deadline, by its own clock
-LONG_TEXT_CHARS = 4096  # longer ones are tokenized beside the loop, which has others to serve
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What the servicer serves, once it is loaded."""
-
-    name: str
-    engine: Engine
-    info: EngineInfo
-    tokenizer: Tokenizer
-    defaults: GenerationDefaults
-
-    @property
-    def limits(self) -> ModelLimits:
-        """What requests are measured against."""
-        return ModelLimits(self.info.vocab_size, self.info.max_context_tokens, self.defaults)
+MAX_BATCH_ITEMS = 1024
+MAX_TEXTS = 256  # of one Embed or Score
+MAX_DETOKENIZED = 1 << 17
+MAX_WATCHERS = 64
+WATCH_MS = (10, 60_000)  # between two loads
+DEFAULT_WATCH_MS = 1000
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
-    """Implements `inference.proto` on one model. Until `model` is set, and while draining, calls end UNAVAILABLE."""
+    """Implements `inference.proto`. The server fills `models` as they load."""
 
-    def __init__(self, log: RequestLog) -> None:
-        self.model: ServedModel | None = None
-        self.is_draining = False
-        self._log = log
+    def __init__(self, models: Models, running: RunningRequests) -> None:
+        self._models = models
+        self._running = running
         self._started = time.monotonic()
-        self._active: set[str] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def wait_idle(self) -> None:
-        """Until no request runs."""
-        await self._idle.wait()
+        self._num_watchers = 0
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        """Stream the continuation of a prompt.
+    ) -> None:
+        """Stream the continuations of a prompt."""
+        await self._stream("Generate", request, context)
 
-        gRPC cancels this coroutine when the client hangs up or its deadline passes. That closes the events, and closing
-        the events is how the engine learns to stop.
-        """
-        async with aclosing(self._respond("Generate", request, context, _prompt)) as responses:
-            async for response in responses:
-                yield response
-
-    async def Chat(
-        self, request: pb.ChatRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         """Stream the next turn of a conversation."""
-        async with aclosing(self._respond("Chat", request, context, _conversation)) as responses:
-            async for response in responses:
-                yield response
+        await self._stream("Chat", request, context)
+
+    async def GenerateUnary(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateUnaryResponse:
+        """The continuations of a prompt, whole."""
+        with self._run("GenerateUnary", request, context) as running:
+            return await self._whole(request, running)
+
+    async def ChatUnary(
+        self, request: pb.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateUnaryResponse:
+        """The next turn of a conversation, whole."""
+        with self._run("ChatUnary", request, context) as running:
+            return await self._whole(request, running)
+
+    async def Batch(self, request: pb.BatchRequest, context: grpc.aio.ServicerContext) -> None:
+        """Each item's outcome as it ends."""
+        check_count("items", len(request.items), MAX_BATCH_ITEMS)
+        with self._running.run("Batch", None, _deadline(context)) as running:
+            outcomes = [
+                self._outcome(index, item, running) for index, item in enumerate(request.items)
+            ]
+            async with aclosing(merge(outcomes, max_parallel=self._max_parallel())) as responses:
+                async for response in responses:
+                    await running.write(context, response)
+
+    async def Embed(
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedResponse:
+        """The pooled final hidden state of each input."""
+        with self._run("Embed", request, context) as running:
+            model = self._accept(request)
+            check_count("inputs", len(request.inputs), MAX_TEXTS)
+            pooling = _pooling(request)
+            prompts = [
+                await model.encode_prompt(prompt, f"inputs[{i}]")
+                for i, prompt in enumerate(request.inputs)
+            ]
+            for i, token_ids in enumerate(prompts):
+                check_prompt(token_ids, model.limits, name=f"inputs[{i}]", min_room=0)
+            running.entry.prompt_tokens = sum(map(len, prompts))
+            found = await scoring.embed(
+                model.engine,
+                _call(model, request.options, running),
+                prompts,
+                pooling=pooling,
+                normalize=request.normalize or not request.HasField("normalize"),
+            )
+            return convert.embed_response(running.id, found)
+
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ScoreResponse:
+        """The logprobs of each continuation."""
+        with self._run("Score", request, context) as running:
+            model = self._accept(request)
+            limits = model.limits
+            check_count("continuations", len(request.continuations), MAX_TEXTS)
+            logprobs = check_logprobs("logprobs", optional(request, "logprobs"), limits)
+            of_prompt = check_logprobs(
+                "prompt_logprobs", optional(request, "prompt_logprobs"), limits
+            )
+            prompt = await model.encode_prompt(request.prompt, "prompt")
+            check_prompt(prompt, limits)
+            running.entry.prompt_tokens = len(prompt)
+            continuations = []
+            for i, continuation in enumerate(request.continuations):
+                name = f"continuations[{i}]"
+                token_ids = await model.encode_continuation(
+                    request.prompt, prompt, continuation, name
+                )
+                check_prompt(token_ids, limits, name=name, min_room=len(prompt))
+                continuations.append(token_ids)
+            scores, prompt_places = await scoring.score(
+                model.engine,
+                _call(model, request.options, running),
+                prompt,
+                continuations,
+                num_logprobs=logprobs or 0,
+                prompt_logprobs=of_prompt,
+            )
+            return convert.score_response(
+                running.id,
+                scores,
+                prompt_tokens=len(prompt),
+                prompt_logprobs=prompt_places,
+                shows_places=logprobs is not None,
+            )
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        """Token ids of a text or conversation."""
+        model = self._accept(request)
+        match request.WhichOneof("input"):
+            case "text":
+                adds = request.add_special_tokens or not request.HasField("add_special_tokens")
+                token_ids = await model.encode(request.text, add_special_tokens=adds)
+            case "chat":
+                token_ids = await model.encode_chat(request.chat)
+            case _:
+                raise InvalidRequest("input must be set: text or chat")
+        tokens = await model.token_texts(token_ids) if request.return_tokens else []
+        return pb.TokenizeResponse(
+            token_ids=token_ids, tokens=tokens, max_context_tokens=model.info.max_context_tokens
+        )
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        model = self._models.find(optional(request, "model"))
+        token_ids = list(request.token_ids)
+        check_count("token_ids", len(token_ids), MAX_DETOKENIZED)
+        check_token_ids("token_ids", token_ids, model.limits)
+        skips = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+        text = await model.decode(token_ids, skip_special_tokens=skips)
+        return pb.DetokenizeResponse(text=text)
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
     ) -> pb.AbortResponse:
         """End a request by its id."""
-        try:
-            if not request.HasField("request_id"):
-                raise InvalidRequest("request_id must be set")
-            found = await self._served(None).engine.abort(request.request_id)
-            return pb.AbortResponse(found=found)
-        except EngineError as error:
-            await abort(context, error)
+        if not request.HasField("request_id"):
+            raise InvalidRequest("request_id must be set")
+        return pb.AbortResponse(found=self._running.abort(request.request_id))
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
         """What is served."""
-        try:
-            model = self._served(request.model if request.HasField("model") else None)
-        except EngineError as error:
-            await abort(context, error)
+        model = self._models.find(optional(request, "model"))
         template = model.tokenizer.has_chat_template
         return convert.model_info(
             model.name, model.info, model.defaults, has_chat_template=template
@@ -117,145 +202,155 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
         """How it is served."""
-        try:
-            info = self._served(None).info
-        except EngineError as error:
-            await abort(context, error)
+        model = self._models.find(optional(request, "model"))
         uptime = time.monotonic() - self._started
-        return convert.server_info(info, version=__version__, uptime_s=uptime)
+        return convert.server_info(
+            model.info, version=__version__, uptime_s=uptime, models=self._models.names
+        )
 
     async def GetLoads(
         self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetLoadsResponse:
         """How busy it is."""
-        try:
-            model = self._served(request.model if request.HasField("model") else None)
-            return convert.loads(await model.engine.loads())
-        except EngineError as error:
-            await abort(context, error)
+        model = self._models.find(optional(request, "model"))
+        return convert.loads(await model.engine.loads())
 
-    async def _respond(
-        self,
-        rpc: str,
-        request: convert.Request,
-        context: grpc.aio.ServicerContext,
-        encode: "Encode",
-    ) -> AsyncGenerator[pb.GenerateResponse]:
-        """One generation, from its protobuf to its log line."""
-        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
-        is_good_id = REQUEST_ID.fullmatch(request_id) is not None
-        entry = LogEntry(id=request_id if is_good_id else "(bad)", rpc=rpc)
+    async def WatchLoads(
+        self, request: pb.WatchLoadsRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """How busy it is, again and again."""
+        model = self._models.find(optional(request, "model"))
+        interval_ms = DEFAULT_WATCH_MS
+        if request.HasField("interval_ms"):
+            interval_ms = request.interval_ms
+        if not WATCH_MS[0] <= interval_ms <= WATCH_MS[1]:
+            raise InvalidRequest(
+                f"interval_ms must be in {WATCH_MS[0]}..{WATCH_MS[1]}, got {interval_ms}"
+            )
+        if self._num_watchers >= MAX_WATCHERS:
+            raise Overloaded(f"{MAX_WATCHERS} callers are watching already")
+        self._num_watchers += 1
         try:
-            if not is_good_id:
-                raise InvalidRequest(
-                    f"request_id must be 1..128 of [A-Za-z0-9._:-], got {request_id[:140]!r}"
-                )
-            model = self._accept(request)
-            events = self._generate(model, request_id, request, context, encode=encode, entry=entry)
-            async with aclosing(events):
-                async for event in events:
-                    entry.note(event)
-                    yield convert.response(_checked(event, entry))
-            entry.code = "OK"
-        except EngineError as error:
-            entry.code = status_of(error).name
-            await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit):
-            # The client hung up, or its deadline passed.
-            entry.code = _why_ended(context)
-            raise
+            while True:
+                await context.write(convert.loads(await model.engine.loads()))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
+                    raise NotReady("the server is draining")
         finally:
-            self._log.write(entry)
+            self._num_watchers -= 1
 
-    def _accept(self, request: convert.Request) -> ServedModel:
-        if self.is_draining:
-            raise NotReady("the server is draining")
-        model = self._served(request.model if request.HasField("model") else None)
+    def _run(
+        self, rpc: str, request: convert.Call, context: grpc.aio.ServicerContext
+    ) -> AbstractContextManager[Running]:
+        return self._running.run(rpc, optional(request, "request_id"), _deadline(context))
+
+    def _accept(self, request: convert.Call | pb.TokenizeRequest) -> ServedModel:
+        model = self._models.find(optional(request, "model"))
         convert.refuse_unserved(request)
         return model
 
-    async def _generate(
-        self,
-        model: ServedModel,
-        request_id: str,
-        request: convert.Request,
-        context: grpc.aio.ServicerContext,
-        *,
-        encode: "Encode",
-        entry: LogEntry,
-    ) -> AsyncGenerator[TextEvent]:
-        if request_id in self._active:
-            raise AlreadyExists(f"request_id {request_id!r} is in use")
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
-        self._active.add(request_id)
-        self._idle.clear()
-        try:
-            token_ids = await encode(model, request)
-            entry.prompt_tokens = len(token_ids)
-            check_prompt(token_ids, model.limits)
-            params = convert.sampling_params(request)
-            sampling, rules = resolve(params, model.limits, len(token_ids))
-            salt = request.options.cache_salt.encode()
-            wanted = EngineRequest(request_id, tuple(token_ids), sampling, deadline, salt)
-            async with aclosing(stream(model.engine, model.tokenizer, wanted, rules)) as events:
+    def _max_parallel(self) -> int:
+        """Items of a batch that run at a time: what the engines compute at a time, so that a batch fills no queue."""
+        return sum(model.info.max_running for model in self._models.loaded.values()) or 1
+
+    async def _stream(
+        self, rpc: str, request: convert.Request, context: grpc.aio.ServicerContext
+    ) -> None:
+        with self._run(rpc, request, context) as running:
+            async with aclosing(self._events(request, running)) as events:
                 async for event in events:
-                    yield event
-        finally:
-            self._active.discard(request_id)
-            if not self._active:
-                self._idle.set()
+                    await running.write(context, convert.response(event))
 
-    def _served(self, name: str | None) -> ServedModel:
-        if self.model is None:
-            raise NotReady("the model is loading")
-        if name is not None and name != self.model.name:
-            raise NotFound(f"model {name[:80]!r} is not served here; {self.model.name!r} is")
-        return self.model
+    async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:
+        async with aclosing(self._events(request, running)) as events:
+            return convert.unary_response(running.id, [event async for event in events])
+
+    async def _outcome(
+        self, index: int, item: pb.BatchItem, batch: Running
+    ) -> AsyncGenerator[pb.BatchResponse]:
+        """The one response to an item of a batch."""
+        try:
+            kind = item.WhichOneof("request")
+            if kind is None:
+                raise InvalidRequest(f"items[{index}] must be set: generate or chat")
+            request = getattr(item, kind)
+            with self._running.run(
+                "Batch", optional(request, "request_id"), batch.deadline, is_part=True
+            ) as running:
+                response = await self._whole(request, running)
+        except EngineError as error:
+            code, details = status_of(error).value[0], details_of(error)
+            failed = pb.BatchError(code=code, message=details)
+            yield pb.BatchResponse(index=index, error=failed)
+        else:
+            yield pb.BatchResponse(index=index, response=response)
+
+    async def _events(
+        self, request: convert.Request, running: Running
+    ) -> AsyncGenerator[TextEvent]:
+        """One generation, from its protobuf to its last event."""
+        model = self._accept(request)
+        if isinstance(request, pb.ChatRequest):
+            token_ids = await model.encode_chat(request)
+        else:
+            token_ids = await model.encode_prompt(request, "prompt")
+        running.entry.prompt_tokens = len(token_ids)
+        check_prompt(token_ids, model.limits)
+        params = convert.sampling_params(request)
+        sampling, rules = resolve(params, model.limits, len(token_ids))
+        replies = Replies()
+        wanted = EngineRequest(
+            running.id,
+            tuple(token_ids),
+            sampling,
+            running.deadline,
+            request.options.cache_salt.encode(),
+            request.options.priority,
+        )
+        if rules.echo:
+            text = await _echo(model, request, token_ids, rules)
+            for index in range(replies.n):
+                yield TextEvent(running.id, text=text, index=index)
+        async with aclosing(
+            stream_replies(model.engine, model.tokenizer, wanted, rules=rules, replies=replies)
+        ) as events:
+            async for event in events:
+                running.entry.note(event)
+                yield event
 
 
-Encode = Callable[[ServedModel, convert.Request], Awaitable[list[int]]]
+async def _echo(
+    model: ServedModel, request: convert.Request, token_ids: list[int], rules: TextRules
+) -> str:
+    """What stands before the reply."""
+    if isinstance(request, pb.GenerateRequest):
+        if request.WhichOneof("prompt") == "text":
+            return request.text
+        return await model.decode(token_ids, skip_special_tokens=rules.skip_special_tokens)
+    if not request.continue_final_message:
+        raise InvalidRequest("echo needs continue_final_message in Chat, got True")
+    return convert.content_of(request.messages[-1])
 
 
-async def _prompt(model: ServedModel, request: convert.Request) -> list[int]:
-    assert isinstance(request, pb.GenerateRequest)
-    kind = request.WhichOneof("prompt")
-    if kind is None:
-        raise InvalidRequest("prompt must be set: text or token_ids")
-    if kind == "token_ids":
-        return list(request.token_ids.ids)
-    return await _encode(model.tokenizer, request.text, add_special_tokens=True)
-
-
-async def _conversation(model: ServedModel, request: convert.Request) -> list[int]:
-    assert isinstance(request, pb.ChatRequest)
-    wants_turn = request.add_generation_prompt or not request.HasField("add_generation_prompt")
-    text = model.tokenizer.render_chat(
-        convert.chat_messages(request), add_generation_prompt=wants_turn
+def _call(model: ServedModel, options: pb.RequestOptions, running: Running) -> scoring.Call:
+    return scoring.Call(
+        running.id,
+        running.deadline,
+        options.cache_salt.encode(),
+        options.priority,
+        model.info.max_running,
     )
-    return await _encode(model.tokenizer, text, add_special_tokens=False)
 
 
-async def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    if len(text) < LONG_TEXT_CHARS:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+def _pooling(request: pb.EmbedRequest) -> Pooling:
+    if not request.HasField("pooling"):
+        return Pooling.MEAN
+    if request.pooling not in convert.POOLING:
+        raise InvalidRequest(f"pooling must be POOLING_MEAN or POOLING_LAST, got {request.pooling}")
+    return convert.POOLING[request.pooling]
 
 
-def _why_ended(context: grpc.aio.ServicerContext) -> str:
-    """The status that the client sees of a call that gRPC ended from under us."""
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    """When the call's time is up; of `time.monotonic()`."""
     remaining = context.time_remaining()
-    is_late = remaining is not None and remaining < DEADLINE_SLACK_S
-    return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
-
-
-def _checked(event: TextEvent, entry: LogEntry) -> TextEvent:
-    """The event, unless it is the end of a request that did not end by itself."""
-    if event.finish is None:
-        return event
-    entry.reason = event.finish.value
-    if event.finish is FinishReason.ABORT:
-        raise Cancelled("aborted by its id")
-    if event.finish is FinishReason.DEADLINE:
-        raise DeadlineExceeded("the deadline has passed")
-    return event
+    return None if remaining is None else time.monotonic() + remaining

@@ -3,11 +3,17 @@
 from typing import NoReturn
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 
 from vivace.engine.errors import EngineError
 
 RETRY_MS = 250  # what a refused client is told to wait: a few steps of a busy engine
 MAX_DETAILS_CHARS = 512  # details travel as a header, and clients refuse headers over 16 KiB: this is 12 a character
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
 class NotFound(EngineError):
@@ -28,16 +34,10 @@ class NotReady(EngineError):
     code = "not_ready"
 
 
-class Cancelled(EngineError):
-    """Somebody aborted the request by its id."""
+class SlowReader(EngineError):
+    """The client has not read its stream for too long."""
 
-    code = "cancelled"
-
-
-class DeadlineExceeded(EngineError):
-    """The request's time ran out in the engine before gRPC noticed."""
-
-    code = "deadline_exceeded"
+    code = "slow_reader"
 
 
 STATUS = {
@@ -45,6 +45,7 @@ STATUS = {
     "failed_precondition": grpc.StatusCode.FAILED_PRECONDITION,
     "unimplemented": grpc.StatusCode.UNIMPLEMENTED,
     "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,  # clients may retry this one
+    "slow_reader": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "engine_died": grpc.StatusCode.UNAVAILABLE,
     "not_ready": grpc.StatusCode.UNAVAILABLE,
     "not_found": grpc.StatusCode.NOT_FOUND,
@@ -60,15 +61,26 @@ def status_of(error: EngineError) -> grpc.StatusCode:
     return STATUS.get(error.code, grpc.StatusCode.INTERNAL)
 
 
-async def abort(context: grpc.aio.ServicerContext, error: EngineError) -> NoReturn:
-    """End the call with the error's status, and with a time to wait where a retry may help."""
-    trailers = (("grpc-retry-pushback-ms", str(RETRY_MS)),) if error.code in RETRIABLE else ()
-    await context.abort(status_of(error), _shortened(str(error)), trailers)
-    raise AssertionError("abort returns never")
-
-
-def _shortened(details: str) -> str:
-    """Values come from the caller, who may have sent megabytes of them. The field's name stands in front."""
+def details_of(error: EngineError) -> str:
+    """What the client is told. Values come from the caller, who may have sent megabytes of them; the field's name
+    stands in front."""
+    details = str(error)
     if len(details) <= MAX_DETAILS_CHARS:
         return details
     return f"{details[:MAX_DETAILS_CHARS]}... ({len(details)} characters)"
+
+
+async def abort(context: grpc.aio.ServicerContext, error: EngineError) -> NoReturn:
+    """End the call with the error's status, and with a time to wait where a retry may help."""
+    code, details = status_of(error), details_of(error)
+    trailers = _retry_trailers(code, details) if error.code in RETRIABLE else ()
+    await context.abort(code, details, trailers)
+    raise AssertionError("abort returns never")
+
+
+def _retry_trailers(code: grpc.StatusCode, details: str) -> tuple[tuple[str, str | bytes], ...]:
+    """The time to wait, twice: as gRPC's own retries read it, and as google.rpc.RetryInfo."""
+    wait = AnyMessage()
+    wait.Pack(RetryInfo(retry_delay=Duration(nanos=RETRY_MS * 1_000_000)))
+    status = Status(code=code.value[0], message=details, details=[wait])
+    return ((PUSHBACK_KEY, str(RETRY_MS)), (DETAILS_KEY, status.SerializeToString()))

@@ -127,9 +127,9 @@ def test_a_seed_keeps_its_bits_and_an_unset_one_is_drawn_anew():
     ("prompt", "message"),
     [
         ([], "at least one token"),
-        ([0] * 50, "shorter than the context of 50 tokens, got 50"),
+        ([0] * 50, "at most 49 tokens, with a context of 50, got 50"),
         ([0] * 51, "got 51"),
-        ([100], r"prompt_token_ids must hold whole numbers in 0\.\.99, got 100"),
+        ([100], r"prompt must hold whole numbers in 0\.\.99, got 100"),
         ([-1], "got -1"),
         ([1.5], r"got 1\.5"),
         ([True], "got True"),

@@ -98,7 +98,7 @@ def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
         async def Generate(self, request, context):
             try:
                 while True:
-                    yield pb.GenerateResponse(text="x" * 100_000)
+                    await context.write(pb.GenerateResponse(text="x" * 100_000))
             finally:
                 ended.set()
 

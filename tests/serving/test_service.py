@@ -333,7 +333,7 @@ def test_a_bug_is_internal_for_that_call_alone_and_says_nothing_of_the_inside(ca
 
     class Buggy(pb_grpc.InferenceServicer):
         async def Chat(self, request, context):
-            yield pb.GenerateResponse(text="so far")
+            await context.write(pb.GenerateResponse(text="so far"))
             raise KeyError("/secret/path")
 
         async def GetLoads(self, request, context):

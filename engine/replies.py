@@ -1,0 +1,132 @@
+"""Several replies to one prompt: each its own request to the engine, which shares the prompt's blocks among them.
+
+Above every runtime, like `completion`. Reply i draws with seed + i; of `best_of` replies those with the best mean logprob
+of a token are kept.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from math import fsum
+
+from vivace.engine.completion import TextEvent, stream
+from vivace.engine.concurrent import merge
+from vivace.engine.errors import Cancelled, DeadlineExceeded
+from vivace.engine.events import EngineRequest, FinishReason, TokenLogprobs
+from vivace.engine.runtimes import Engine
+from vivace.engine.sampling import Replies, TextRules
+from vivace.engine.tokenizer import Tokenizer
+
+
+async def stream_replies(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    request: EngineRequest,
+    *,
+    rules: TextRules,
+    replies: Replies,
+) -> AsyncGenerator[TextEvent]:
+    """Text events of all replies, in order within each `index`; each reply has one final event, a stop or length.
+
+    Raises Cancelled or DeadlineExceeded for a request that was ended, and what the engine refuses it with.
+    Closing this early aborts them all, and so does the first that fails. With `best_of` over `n`, nothing comes before
+    all have ended.
+    """
+    if replies.best_of == 1:
+        async with aclosing(stream(engine, tokenizer, request, rules)) as events:
+            async for event in events:
+                raise_if_ended(event.finish)
+                yield event
+        return
+    drawn: list[list[TextEvent]] = [[] for _ in range(replies.best_of)]
+    name = request.request_id
+    sources = [
+        _one(engine, tokenizer, one, rules=rules, name=name, index=i)
+        for i, one in enumerate(_requests(request, replies))
+    ]
+    async with aclosing(merge(sources, max_parallel=len(sources))) as events:
+        async for event in events:
+            if replies.best_of == replies.n:
+                yield event
+            else:
+                drawn[event.index].append(event)
+    if replies.best_of > replies.n:
+        for event in _best(drawn, replies.n, keeps_logprobs=request.sampling.logprobs is not None):
+            yield event
+
+
+def raise_if_ended(finish: FinishReason | None) -> None:
+    """Raise Cancelled or DeadlineExceeded for the end of a request that did not end by itself."""
+    if finish is FinishReason.ABORT:
+        raise Cancelled("aborted by its id")
+    if finish is FinishReason.DEADLINE:
+        raise DeadlineExceeded("the deadline has passed")
+
+
+def part_id(request_id: str, index: int) -> str:
+    """The engine's name for one of the requests that a caller's becomes. No caller's id has a `#`."""
+    return request_id if index == 0 else f"{request_id}#{index}"
+
+
+def _requests(request: EngineRequest, replies: Replies) -> list[EngineRequest]:
+    sampling = request.sampling
+    if replies.best_of > replies.n and sampling.logprobs is None:
+        sampling = replace(sampling, logprobs=0)  # to rank by
+    return [
+        replace(
+            request,
+            request_id=part_id(request.request_id, i),
+            sampling=replace(
+                sampling,
+                seed=(sampling.seed + i) % 2**64,
+                prompt_logprobs=sampling.prompt_logprobs if i == 0 else None,
+            ),
+        )
+        for i in range(replies.best_of)
+    ]
+
+
+async def _one(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    request: EngineRequest,
+    *,
+    rules: TextRules,
+    name: str,
+    index: int,
+) -> AsyncGenerator[TextEvent]:
+    async with aclosing(stream(engine, tokenizer, request, rules)) as events:
+        async for event in events:
+            raise_if_ended(event.finish)
+            yield replace(event, request_id=name, index=index)
+
+
+def _best(drawn: Sequence[list[TextEvent]], n: int, *, keeps_logprobs: bool) -> list[TextEvent]:
+    """Each of the `n` best as one event, best first; ties to the one drawn first."""
+    whole = [_joined(events) for events in drawn]
+    ranked = sorted(whole, key=lambda event: -_mean_logprob(event.logprobs))[:n]
+    prompt_logprobs = whole[0].prompt_logprobs
+    return [
+        replace(
+            event,
+            index=i,
+            logprobs=event.logprobs if keeps_logprobs else (),
+            prompt_logprobs=prompt_logprobs if i == 0 else (),
+        )
+        for i, event in enumerate(ranked)
+    ]
+
+
+def _joined(events: Sequence[TextEvent]) -> TextEvent:
+    return replace(
+        events[-1],
+        text="".join(event.text for event in events),
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        logprobs=tuple(place for event in events for place in event.logprobs),
+        prompt_logprobs=tuple(place for event in events for place in event.prompt_logprobs),
+    )
+
+
+def _mean_logprob(places: Sequence[TokenLogprobs]) -> float:
+    """Of an empty reply (an abort's): worse than any."""
+    return fsum(place.logprob for place in places) / len(places) if places else float("-inf")

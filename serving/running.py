@@ -1,0 +1,153 @@
+"""The requests that the server is working on: who may begin, who must end. Knows no model and no protobuf."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from vivace.engine.errors import Cancelled, EngineError, InvalidRequest, Overloaded
+from vivace.serving.request_log import LogEntry, RequestLog
+from vivace.serving.status import AlreadyExists, NotReady, SlowReader, status_of
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes into log lines: no line ends, no escapes
+DEADLINE_SLACK_S = 0.05  # a client hangs up at its deadline, by its own clock
+LOOKS_A_LIMIT = 10  # how often readers are looked at in the time that one may stall
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A request from its first byte to its log line."""
+
+    id: str
+    deadline: float | None  # of `time.monotonic()`
+    entry: LogEntry
+    task: "asyncio.Task[Any]"
+    writing_since: float | None = None  # the client has not taken a message since then
+    end: EngineError | None = None  # why the server ended it from outside
+
+    async def write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
+        """Send a message; waits while the client does not read."""
+        self.writing_since = time.monotonic()
+        await context.write(message)
+        self.writing_since = None
+
+    def cancel(self, error: EngineError) -> None:
+        """End it with an error that is not its own fault."""
+        self.end = error
+        self.task.cancel()
+
+
+class RunningRequests:
+    """All of them. `max_requests` bounds what the front-end holds; the engine has a bound of its own."""
+
+    def __init__(self, log: RequestLog, *, max_requests: int) -> None:
+        self._log = log
+        self._max_requests = max_requests
+        self._requests: dict[str, Running] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Let nobody begin any more."""
+        self._draining.set()
+
+    async def wait_draining(self) -> None:
+        """Until nobody may begin any more."""
+        await self._draining.wait()
+
+    async def wait_idle(self) -> None:
+        """Until no request runs."""
+        await self._idle.wait()
+
+    def abort(self, request_id: str) -> bool:
+        """End a request by its id, whatever it is doing. False if there is no such request."""
+        running = self._requests.get(request_id)
+        if running is None or running.end is not None:
+            return False
+        running.cancel(Cancelled("aborted by its id"))
+        return True
+
+    def abort_all(self, error: EngineError) -> None:
+        """End every request."""
+        for running in list(self._requests.values()):
+            running.cancel(error)
+
+    @contextmanager
+    def run(
+        self,
+        rpc: str,
+        request_id: str | None,
+        deadline: float | None,
+        *,
+        is_part: bool = False,
+    ) -> Iterator[Running]:
+        """A request, run in the current task, with its log line. Raises what it ends with instead of a result.
+
+        Parts of a request that runs already may begin while the server drains.
+        `request_id` None: one is made. Raises InvalidRequest, AlreadyExists, Overloaded or NotReady before it begins.
+        """
+        name = uuid.uuid4().hex if request_id is None else request_id
+        is_good_name = REQUEST_ID.fullmatch(name) is not None
+        entry = LogEntry(id=name if is_good_name else "(bad)", rpc=rpc)
+        task = asyncio.current_task()
+        assert task is not None
+        running = Running(name, deadline, entry, task)
+        try:
+            if not is_good_name:
+                raise InvalidRequest(
+                    f"request_id must be 1..128 of [A-Za-z0-9._:-], got {name[:140]!r}"
+                )
+            with self._registered(running, is_part=is_part):
+                yield running
+            entry.code = "OK"
+        except asyncio.CancelledError:
+            if running.end is not None:
+                entry.code = status_of(running.end).name
+                raise running.end from None
+            entry.code = _why_ended(deadline)  # the client hung up, or its deadline passed
+            raise
+        except EngineError as error:
+            entry.code = status_of(error).name
+            raise
+        finally:
+            self._log.write(entry)
+
+    @contextmanager
+    def _registered(self, running: Running, *, is_part: bool) -> Iterator[None]:
+        if self._draining.is_set() and not is_part:
+            raise NotReady("the server is draining")
+        if running.id in self._requests:
+            raise AlreadyExists(f"request_id {running.id!r} is in use")
+        if len(self._requests) >= self._max_requests:
+            raise Overloaded(f"{len(self._requests)} requests are already running or waiting")
+        self._requests[running.id] = running
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            del self._requests[running.id]
+            if not self._requests:
+                self._idle.set()
+
+    async def end_stalled(self, limit_s: float) -> None:
+        """Ends whoever's client has not taken a message for so long. Never returns."""
+        while True:
+            await asyncio.sleep(limit_s / LOOKS_A_LIMIT)
+            before = time.monotonic() - limit_s
+            for running in list(self._requests.values()):
+                since = running.writing_since
+                if since is not None and since < before and running.end is None:
+                    running.cancel(SlowReader(f"the client has not read for {limit_s:g} s"))
+
+
+def _why_ended(deadline: float | None) -> str:
+    """The status that the client sees of a call that gRPC ended from under us."""
+    is_late = deadline is not None and deadline - time.monotonic() < DEADLINE_SLACK_S
+    return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
