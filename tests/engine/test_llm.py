@@ -129,8 +129,8 @@ def test_nothing_is_written_to_stdout(llm, capfd):
     ("prompt", "params", "error", "words"),
     [
         ({"prompt_token_ids": []}, {}, InvalidRequest, "at least one token"),
-        ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt_token_ids.*1000000000"),
-        ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "shorter than the context"),
+        ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt must hold.*1000000000"),
+        ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "at most 2047 tokens"),
         ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
         (
             {"prompt_token_ids": [3]},
