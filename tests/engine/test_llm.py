@@ -130,7 +130,7 @@ def test_nothing_is_written_to_stdout(llm, capfd):
     [
         ({"prompt_token_ids": []}, {}, InvalidRequest, "at least one token"),
         ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt must hold.*1000000000"),
-        ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "at most 2047 tokens"),
+        ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "at most \\d+ tokens"),
         ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
         (
             {"prompt_token_ids": [3]},
