@@ -1,11 +1,13 @@
-"""`vivace info`: what a checkpoint is, whether it can be served, and what that takes."""
+"""`vivace info`: what a checkpoint is, whether it can be served, and what that takes. `vivace config`: all settings."""
 
 import argparse
+import sys
 from collections import Counter
 from math import prod
 from pathlib import Path
 
 from vivace.engine.config import Config
+from vivace.engine.config_file import add_flags, from_words, to_toml
 from vivace.engine.errors import ArtifactError, ConfigError, printable
 from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
@@ -15,27 +17,63 @@ from vivace.engine.models.json_fields import read_fields
 from vivace.engine.models.program import Program
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.plan import (
+    Plan,
     kv_token_bytes,
     make_plan,
+    mib,
     num_active_parameters,
     num_parameters,
     read_machine,
 )
+from vivace.engine.share import plan_all, plan_one, share
 
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of this folder's commands; returns the exit status."""
-    assert command == "info"
+    return {"info": _info, "config": _config}[command](argv)
+
+
+def _config(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vivace config",
+        description="Print all settings as TOML, which `vivace serve --config FILE` reads back, and what this machine "
+        "makes of each MODEL. Takes the flags of `vivace serve`. Exits with 1 if a MODEL cannot be served.",
+    )
+    add_flags(parser)
+    config = from_words(parser.parse_intermixed_args(argv))
+    machine = read_machine()
+    engines = share({name: config.engine(name) for name in config.models}, machine)
+    remarks, problems = {}, []
+    for name, engine in engines.items():
+        try:
+            remarks[name] = _remarks(engine, plan_one(name, engine, machine))
+        except (ArtifactError, ConfigError) as error:
+            problems.append(error)
+            remarks[name] = [f"cannot be served: {printable(str(error))}"]
+    print(to_toml(config, remarks), end="")
+    if not problems:
+        plan_all(engines, machine)
+    for problem in problems:
+        print(f"vivace: error: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+def _remarks(config: Config, plan: Plan) -> list[str]:
+    return [
+        f"plan: {plan.threads} threads, context {plan.max_context_tokens:,} tokens",
+        f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {config.cache.block_tokens} tokens",
+        f"weights in fp32 {mib(plan.weight_bytes)}, working memory {mib(plan.arena_bytes)}",
+    ]
+
+
+def _info(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vivace info",
         description="Say what a checkpoint is and what it takes to serve it. "
         "Exits with 1 if it cannot be served.",
     )
     parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
-    return _info(parser.parse_args(argv).model)
-
-
-def _info(model: Path) -> int:
+    model = parser.parse_args(argv).model
     if not model.is_dir():
         raise ArtifactError(f"{model} is not a folder")
     rows = {

@@ -1,28 +1,42 @@
-"""Every setting of the system, in one frozen tree.
+"""Every setting of the system, in one frozen tree, each with its meaning and its range.
 
-Built once at start-up from the command line. Nothing is read from the environment and nothing changes
-afterwards. Values worked out from the model or the machine (number of blocks, threads) are not
-settings: they live in `engine/plan.py`.
+Built once at start-up, by `engine/config_file.py` or in Python; wrong values and bad combinations are refused here.
+Nothing is read from the environment and nothing changes afterwards. Values worked out from the model or the machine
+(number of blocks, threads) are not settings: they live in `engine/plan.py`.
 """
 
-from dataclasses import dataclass, field
+import ipaddress
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from vivace.engine.errors import ConfigError
 from vivace.kernels.backend import Backend
 
+INT32 = 2**31 - 1  # what gRPC's own settings hold
+MAX_NAME_CHARS = 128
+
+
+def setting(default: Any, about: str, *, low: float = 1, high: float = math.inf) -> Any:
+    """A field of the tree. `about` says what it means, and what unset means where None is the default."""
+    return field(default=default, metadata={"about": about, "low": low, "high": high})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
-    """How work is batched."""
+    """How work is batched, in each model's engine."""
 
-    max_step_tokens: int = 512  # tokens per forward pass: more is throughput, fewer is latency
-    max_running: int = 64  # requests holding cache blocks at once
-    max_waiting: int = 1024  # queue length beyond which requests are refused as Overloaded
+    max_step_tokens: int = setting(
+        512, "tokens per forward pass: more is throughput, fewer is latency"
+    )
+    max_running: int = setting(64, "requests computed at a time, which hold cache blocks")
+    max_waiting: int = setting(1024, "requests queued beyond those; further ones are refused")
 
     def __post_init__(self) -> None:
-        for name in ("max_step_tokens", "max_running", "max_waiting"):
-            _at_least("scheduler", name, getattr(self, name), 1)
+        _check("scheduler.", self)
         if self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"scheduler.max_step_tokens ({self.max_step_tokens}) must be at least "
@@ -32,45 +46,172 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
-    """The paged KV cache."""
+    """The paged KV cache, of each model."""
 
-    block_tokens: int = 16  # tokens per block, which is also the grain of prefix sharing
-    memory_bytes: int | None = None  # unset: min(1 GiB, a quarter of the memory that is free)
-    prefix_sharing: bool = True  # find prompts' blocks that an earlier request has computed
+    block_tokens: int = setting(16, "tokens per block, which is also the grain of prefix sharing")
+    memory_bytes: int | None = setting(
+        None,
+        "memory of a model's cache, such as 512MiB; "
+        "unset: min(1 GiB, its share of a quarter of the free memory)",
+    )
+    prefix_sharing: bool = setting(True, "find prompts' blocks that an earlier request computed")
 
     def __post_init__(self) -> None:
-        _at_least("cache", "block_tokens", self.block_tokens, 1)
-        if self.memory_bytes is not None:
-            _at_least("cache", "memory_bytes", self.memory_bytes, 1)
+        _check("cache.", self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CpuConfig:
     """The C++ backend."""
 
-    threads: int | None = None  # unset: one per CPU this process may use
-    isa: str | None = None  # unset: the best the CPU has
+    threads: int | None = setting(
+        None, "threads of a model's engine; unset: its share of the CPUs this process may use"
+    )
+    isa: str | None = setting(None, "instruction set; unset: the best the CPU has")
 
     def __post_init__(self) -> None:
-        if self.threads is not None:
-            _at_least("cpu", "threads", self.threads, 1)
+        _check("cpu.", self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """The port, and what clients may ask of it."""
+
+    host: str = setting("127.0.0.1", "IP address to listen on")
+    port: int = setting(50051, "port to listen on; 0: any that is free", low=0, high=65535)
+    insecure: bool = setting(
+        False, "allow an address off loopback, where anybody on the network can call"
+    )
+    drain_s: float = setting(
+        30.0, "seconds that requests have to finish after a signal to stop", low=0
+    )
+    stalled_reader_s: float = setting(
+        30.0, "seconds that a stream's client may read nothing before it is cut", low=0.001
+    )
+    max_message_bytes: int = setting(4 << 20, "largest request, such as 4MiB", low=1024, high=INT32)
+    max_metadata_bytes: int = setting(
+        16 << 10, "most metadata (headers) of a request", low=1024, high=INT32
+    )
+    max_concurrent_streams: int = setting(
+        4096,
+        "calls that one connection may have open; its client holds back the others",
+        high=INT32,
+    )
+
+    def __post_init__(self) -> None:
+        _check("server.", self)
+        if not self.is_loopback and not self.insecure:
+            raise ConfigError(
+                f"server.host {self.host} can be reached from the network, without encryption or "
+                "authentication; use a loopback address, or set server.insecure (--insecure) if "
+                "that is meant"
+            )
+
+    @property
+    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """The host as a number. Raises ConfigError if it is none."""
+        try:
+            return ipaddress.ip_address("127.0.0.1" if self.host == "localhost" else self.host)
+        except ValueError as error:
+            raise ConfigError(f"server.host must be an IP address, got {self.host!r}") from error
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether this machine alone can connect."""
+        return self.address.is_loopback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The root of the tree: everything an engine needs to know."""
+    """One engine's part of the tree, and its model."""
 
     model: Path
     backend: Backend = Backend.CPU
-    device: str = "cpu"  # of the reference backend
-    max_context_tokens: int | None = None  # unset: the model's own
+    device: str = "cpu"
+    max_context_tokens: int | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
 
 
-def _at_least(section: str, name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(
-            f"{section}.{name} must be a whole number of at least {low}, got {value!r}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The root of the tree: all that a server needs to know. Its models have everything but the folder in common."""
+
+    backend: Backend = field(
+        default=Backend.CPU,
+        metadata={"about": "cpu: the C++ library; reference: plain torch, slow"},
+    )
+    device: str = setting("cpu", "torch device of the reference backend")
+    max_context_tokens: int | None = setting(
+        None, "tokens of prompt and reply together; unset: the model's own", low=2
+    )
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    cpu: CpuConfig = field(default_factory=CpuConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    models: Mapping[str, Path] = field(default_factory=dict)  # by the name that clients know
+
+    def __post_init__(self) -> None:
+        _check("", self)
+        if self.backend is Backend.CPU and self.device != "cpu":
+            raise ConfigError(
+                f"device must be 'cpu' with backend 'cpu', got {self.device!r}; "
+                "backend 'reference' runs on others"
+            )
+        if self.backend is not Backend.CPU and self.cpu != CpuConfig():
+            raise ConfigError(f"cpu.threads and cpu.isa are of backend 'cpu', got {self.cpu}")
+        for name, folder in self.models.items():
+            if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
+                raise ConfigError(
+                    f"models: a name must have 1..{MAX_NAME_CHARS} printable characters, got {name!r}"
+                )
+            if not isinstance(folder, Path):
+                raise ConfigError(f"models.{name} must be the path of a folder, got {folder!r}")
+
+    def engine(self, name: str) -> Config:
+        """What the engine of one model is told."""
+        return Config(
+            model=self.models[name],
+            backend=self.backend,
+            device=self.device,
+            max_context_tokens=self.max_context_tokens,
+            scheduler=self.scheduler,
+            cache=self.cache,
+            cpu=self.cpu,
         )
+
+
+def allowed(one: Field[Any]) -> str:
+    """What a setting may be, for people."""
+    kind = one.type
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(repr(member.value) for member in kind)
+    if kind is bool:
+        return "true or false"
+    if kind in (str, str | None):
+        return "a text"
+    noun = "a number" if kind is float else "a whole number"
+    if one.name.endswith("_bytes"):
+        noun += " (of bytes, or such as '512MiB')"
+    low, high = one.metadata["low"], one.metadata["high"]
+    return f"{noun} of at least {low:g}" if high == math.inf else f"{noun} in {low:g}..{high:d}"
+
+
+def _check(prefix: str, config: Any) -> None:
+    """Raise ConfigError for a value of another type or out of its range."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if "about" in one.metadata and one.name != "models" and not _fits(one, value):
+            raise ConfigError(f"{prefix}{one.name} must be {allowed(one)}, got {value!r}")
+
+
+def _fits(one: Field[Any], value: Any) -> bool:
+    if value is None:
+        return one.default is None
+    if one.type in (int, int | None, float):
+        kinds = (int, float) if one.type is float else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        return math.isfinite(value) and one.metadata["low"] <= value <= one.metadata["high"]
+    return isinstance(value, one.type if isinstance(one.type, type) else str)

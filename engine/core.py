@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from vivace.engine.batch import Batch, Batcher
 from vivace.engine.blocks import BlockPool
 from vivace.engine.config import Config
-from vivace.engine.errors import InvalidRequest
+from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import (
     EngineInfo,
     EngineRequest,
@@ -250,7 +250,10 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
     program = emit(spec)
     plan = make_plan(config, spec, program, read_machine())
     if config.backend is backend.Backend.CPU:
-        ops = backend.load(config.backend, threads=plan.threads, isa=config.cpu.isa)
+        try:
+            ops = backend.load(config.backend, threads=plan.threads, isa=config.cpu.isa)
+        except ValueError as error:  # the library alone knows what the CPU has
+            raise ConfigError(f"cpu.{error}") from error
     else:
         ops = backend.load(config.backend, device=config.device)
     arrays = weights.load(config.model, program, spec.architecture, progress)

@@ -77,12 +77,12 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     block_bytes = kv_token_bytes(spec) * block_tokens
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
-        kv_bytes = min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4)
+        kv_bytes = default_kv_bytes(machine)
     needed = weight_bytes + work_bytes + kv_bytes
     if needed > machine.free_bytes:
         raise ConfigError(
-            f"not enough memory: weights {_mib(weight_bytes)}, KV cache {_mib(kv_bytes)} and working "
-            f"memory {_mib(work_bytes)} need {_mib(needed)}, {_mib(machine.free_bytes)} is free"
+            f"not enough memory: weights {mib(weight_bytes)}, KV cache {mib(kv_bytes)} and working "
+            f"memory {mib(work_bytes)} need {mib(needed)}, {mib(machine.free_bytes)} is free"
         )
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
@@ -101,6 +101,11 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         max_rows=max_rows,
         most=most,
     )
+
+
+def default_kv_bytes(machine: Machine) -> int:
+    """Of the cache, where no setting says it."""
+    return min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4)
 
 
 def num_parameters(program: Program) -> int:
@@ -128,7 +133,8 @@ def kv_token_bytes(spec: ModelSpec) -> int:
     )
 
 
-def _mib(num_bytes: int) -> str:
+def mib(num_bytes: int) -> str:
+    """Bytes, for people."""
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vivace.engine.errors import ArtifactError, EngineError
+from vivace.engine.errors import ArtifactError, ConfigError, EngineError
 
 TARGET = "127.0.0.1:50051"
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -34,69 +34,41 @@ def main(command: str, argv: list[str]) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    args = _serve_parser().parse_args(argv)
-    from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
-    from vivace.engine.runtimes.native import spawn
-    from vivace.kernels.backend import Backend
+    from vivace.engine.config_file import add_flags, from_words
+    from vivace.engine.runtimes.native import Child, spawn
 
-    scheduler = SchedulerConfig(max_running=args.max_running, max_waiting=args.max_waiting)
-    engine_config = Config(
-        model=args.model,
-        backend=Backend(args.backend),
-        max_context_tokens=args.max_context,
-        scheduler=scheduler,
-        cache=CacheConfig(memory_bytes=args.kv_memory),
-        cpu=CpuConfig(threads=args.threads),
+    parser = argparse.ArgumentParser(
+        prog="vivace serve",
+        description="Serve checkpoints over gRPC, on one port, until told to stop.",
     )
-    if not args.model.is_dir():
-        raise ArtifactError(f"{args.model} is not a folder")
-    child = spawn()  # it imports while this process does
+    add_flags(parser)
+    config = from_words(parser.parse_intermixed_args(argv))
+    if not config.models:
+        raise ConfigError("models: name at least one folder, as MODEL or under [models] of a file")
+    for folder in config.models.values():
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder} is not a folder")
+    children: dict[str, Child] = {}
     try:
+        for name in config.models:
+            children[name] = spawn()  # it imports while this process does
         from vivace.serving import server
 
-        name = args.name or args.model.resolve().name
-        config = server.ServerConfig(args.host, args.port, name, insecure=args.insecure)
-        server.check_address(config)
+        server.check_address(config.server)
+        engines = {name: config.engine(name) for name in config.models}
+        if len(engines) > 1:  # one that is alone plans for itself
+            from vivace.engine.plan import read_machine
+            from vivace.engine.share import plan_all, share
+
+            machine = read_machine()
+            engines = share(engines, machine)
+            plan_all(engines, machine)
     except BaseException:
-        child.discard()
+        for child in children.values():
+            child.discard()
         raise
-    return server.run(config, engine_config, child, on_progress=_progress_bar())
-
-
-def _serve_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vivace serve", description="Serve a checkpoint over gRPC until told to stop."
-    )
-    parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
-    parser.add_argument(
-        "--port", type=int, default=50051, help="0: any free one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--insecure", action="store_true", help="allow an address that the network can reach"
-    )
-    parser.add_argument("--name", help="the model's name to clients (default: the folder's)")
-    parser.add_argument(
-        "--backend",
-        choices=("cpu", "reference"),
-        default="cpu",
-        help="cpu: the C++ library; reference: plain torch, slow (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads (default: all this process may use)"
-    )
-    parser.add_argument(
-        "--kv-memory", type=_bytes, metavar="SIZE", help="of the KV cache, such as 512MiB "
-        "(default: at most 1GiB and a quarter of the free memory)",
-    )  # fmt: skip
-    parser.add_argument("--max-context", type=int, help="tokens of prompt and reply together")
-    parser.add_argument("--max-running", type=int, default=64, help="requests computed at a time")
-    parser.add_argument(
-        "--max-waiting", type=int, default=1024, help="requests queued beyond those"
-    )
-    return parser
+    launches = {name: (engines[name], children[name]) for name in engines}
+    return server.run(config.server, launches, _progress_bar())
 
 
 def _generate(argv: list[str]) -> int:

@@ -1,20 +1,22 @@
-"""The server process: one port with the API, health and reflection in front of one engine. Starts, drains, gives up."""
+"""The server process: one port with the API, health and reflection in front of one engine a model. Starts, drains, gives
+up: when one engine dies the process ends.
+"""
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from vivace.engine.config import Config
-from vivace.engine.errors import ConfigError, EngineDied
+from vivace.engine.config import Config, ServerConfig
+from vivace.engine.errors import ArtifactError, ConfigError, EngineDied
 from vivace.engine.events import EngineInfo
 from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.runtimes.native import Child, NativeEngine
@@ -27,99 +29,76 @@ from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 from vivace.serving.request_log import RequestLog
 from vivace.serving.running import RunningRequests
 from vivace.serving.servicer import InferenceServicer
+from vivace.serving.status import NotReady
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-STALLED_READER_S = 30  # how long a client may not read its stream
 END_STREAMS_S = 0.5  # for streams to tell their clients how they ended
-OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
+LOAD_ERROR_S = 0.5  # for a load to fail once its process has
 
-
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """Where to serve, and under which name."""
-
-    host: str
-    port: int  # 0: any that is free
-    name: str
-    insecure: bool = False  # allows addresses off loopback, which anybody on the network can reach
+Progress = Callable[[int, int], None]
+Launch = tuple[Config, Child]  # what an engine is told, and its process
 
 
 def check_address(config: ServerConfig) -> None:
-    """Raise ConfigError for an address off loopback without `insecure`, or one that cannot be bound."""
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if config.host == "localhost" else config.host)
-    except ValueError as error:
-        raise ConfigError(f"host must be an IP address, got {config.host!r}") from error
-    if not address.is_loopback and not config.insecure:
-        raise ConfigError(
-            f"{config.host} can be reached from the network, without encryption or authentication; "
-            "use a loopback address, or --insecure if that is meant"
-        )
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    """Raise ConfigError for an address that cannot be bound."""
+    family = socket.AF_INET6 if config.address.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((str(address), config.port))
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
+            probe.bind((str(config.address), config.port))
+        except OSError as error:
+            where = _target(config.host, config.port)
+            raise ConfigError(f"cannot listen on {where}: {error.strerror}") from error
 
 
-def run(
-    config: ServerConfig,
-    engine_config: Config,
-    child: Child,
-    *,
-    on_progress: Callable[[int, int], None],
-) -> int:
-    """Serve until a signal or the engine's death. Returns the exit status; raises what kept it from serving."""
+def run(config: ServerConfig, launches: Mapping[str, Launch], on_progress: Progress) -> int:
+    """Serve models by name until a signal or an engine's death. Returns the exit status, 1 where requests were cut off;
+    raises what kept it from serving.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Server(config, engine_config, on_progress).serve(child))
+        return runner.run(Server(config, launches, on_progress).serve())
 
 
 class Server:
     """Lives as long as the process."""
 
     def __init__(
-        self, config: ServerConfig, engine_config: Config, on_progress: Callable[[int, int], None]
+        self, config: ServerConfig, launches: Mapping[str, Launch], on_progress: Progress
     ) -> None:
         self._config = config
-        self._engine_config = engine_config
+        self._launches = launches
         self._on_progress = on_progress
-        self._models = Models((config.name,))
-        scheduler = engine_config.scheduler
-        most = 2 * (scheduler.max_running + scheduler.max_waiting)
+        self._engines: dict[str, NativeEngine] = {}
+        self._models = Models(tuple(launches))
+        limits = (engine.scheduler for engine, _ in launches.values())
+        most = 2 * sum(limit.max_running + limit.max_waiting for limit in limits)
         self._running = RunningRequests(RequestLog(), max_requests=most)
         self._health = HealthServicer()
         self._stop = asyncio.Event()  # the first signal: drain
         self._abort = asyncio.Event()  # the second: end now
 
-    async def serve(self, child: Child) -> int:
+    async def serve(self) -> int:
         """See `run`."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        engine = await NativeEngine.start(self._engine_config, self._on_progress, child=child)
+        bars = _join(self._on_progress, self._launches)
         try:
+            for name, (config, child) in self._launches.items():
+                self._engines[name] = await NativeEngine.start(config, bars[name], child=child)
             server, port = await self._listen()
             try:
-                return await self._serve(engine, port)
+                return await self._serve(port)
             finally:
                 await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-                await server.stop(0 if self._abort.is_set() else END_STREAMS_S)
+                self._running.abort_all(NotReady("the server has stopped"))
+                await server.stop(END_STREAMS_S)
         finally:
-            await engine.close()
+            await asyncio.gather(*(engine.close() for engine in self._engines.values()))
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=OPTIONS, interceptors=(Boundary(SERVICE),))
+        server = grpc.aio.server(options=_options(self._config), interceptors=(Boundary(SERVICE),))
         servicer = InferenceServicer(self._models, self._running)
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -133,53 +112,81 @@ class Server:
         await server.start()
         return server, port
 
-    async def _serve(self, engine: NativeEngine, port: int) -> int:
+    async def _serve(self, port: int) -> int:
         stopped = asyncio.create_task(self._stop.wait())
-        died = asyncio.create_task(engine.died())
-        ready = asyncio.create_task(self._load(engine))
-        readers = asyncio.create_task(self._running.end_stalled(STALLED_READER_S))
+        died = asyncio.create_task(self._died())
+        ready = asyncio.create_task(self._load_all())
+        readers = asyncio.create_task(self._running.end_stalled(self._config.stalled_reader_s))
         try:
-            await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not ready.done():
+            await asyncio.wait((ready, stopped, died), return_when=asyncio.FIRST_COMPLETED)
+            if died.done():  # a load that failed says more than the death of its process
+                await asyncio.wait((ready,), timeout=LOAD_ERROR_S)
+            if ready.done():
+                await ready
+            elif not died.done():
                 return 0  # told to stop while loading
-            await ready
-            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            where = _target(self._config.host, port)
-            print(f"vivace: serving {self._config.name} on {where}", flush=True)
-            await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            self._running.drain()
             if not died.done():
-                return await self._drain(died)
-            raise EngineDied(died.result())
+                await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                where = _target(self._config.host, port)
+                print(f"vivace: serving {', '.join(self._launches)} on {where}", flush=True)
+                await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
+            self._running.drain()
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            if died.done():
+                raise EngineDied(died.result())
+            return await self._drain(died)
         finally:
-            for task in (stopped, died, ready, readers):
-                task.cancel()
-            await asyncio.gather(stopped, died, ready, readers, return_exceptions=True)
+            await _cancel(stopped, died, ready, readers)
 
-    async def _load(self, engine: NativeEngine) -> None:
-        directory = self._engine_config.model
-        tokenizer = await asyncio.to_thread(Tokenizer.load, directory)
-        defaults = read_generation_defaults(directory)
-        info = await engine.info()
+    async def _load_all(self) -> None:
+        loads = [asyncio.create_task(self._load(name)) for name in self._launches]
+        try:
+            await asyncio.gather(*loads)
+        finally:
+            await _cancel(*loads)
+
+    async def _load(self, name: str) -> None:
+        engine, folder = self._engines[name], self._launches[name][0].model
+        with _naming(name):
+            tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+            defaults = read_generation_defaults(folder)
+            info = await engine.info()
         if defaults.ignored:
             names = ", ".join(defaults.ignored)
-            print(f"vivace: generation_config.json: not applied: {names}", file=sys.stderr)
-        print(f"vivace: {_summary(info)}", file=sys.stderr, flush=True)
-        name = self._config.name
+            print(f"vivace: {name}: generation_config.json: not applied: {names}", file=sys.stderr)
+        print(f"vivace: {name}: {_summary(info)}", file=sys.stderr, flush=True)
         self._models.loaded[name] = ServedModel(name, engine, info, tokenizer, defaults)
+
+    async def _died(self) -> str:
+        """Wait for the first engine that dies; which one, and why."""
+        waits = {asyncio.create_task(e.died()): name for name, e in self._engines.items()}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return next(f"model {name!r}: {t.result()}" for t, name in waits.items() if t.done())
+        finally:
+            await _cancel(*waits)
 
     async def _drain(self, died: "asyncio.Task[str]") -> int:
         idle = asyncio.create_task(self._running.wait_idle())
         abort = asyncio.create_task(self._abort.wait())
-        await asyncio.wait((idle, abort, died), return_when=asyncio.FIRST_COMPLETED)
-        is_done = idle.done()
-        for task in (idle, abort):
-            task.cancel()
-        await asyncio.gather(idle, abort, return_exceptions=True)
-        if died.done() and not is_done:
-            raise EngineDied(died.result())
-        return 0 if is_done else 1
+        try:
+            await asyncio.wait(
+                (idle, abort, died),
+                timeout=self._config.drain_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if idle.done():
+                return 0
+            if died.done():
+                raise EngineDied(died.result())
+            if not abort.done():
+                print(
+                    f"vivace: not all requests ended within server.drain_s ({self._config.drain_s:g})",
+                    file=sys.stderr,
+                )
+            return 1
+        finally:
+            await _cancel(idle, abort)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):
@@ -189,6 +196,51 @@ class Server:
         if self._stop.is_set():
             self._abort.set()
         self._stop.set()
+
+
+def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # gRPC refuses by chance between the two, which are one here.
+        ("grpc.max_metadata_size", config.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    )
+
+
+def _join(on_progress: Progress, names: Iterable[str]) -> dict[str, Progress]:
+    """One bar of several loads: bytes of all, once every total is known."""
+    counts: dict[str, tuple[int, int]] = {}
+    models = list(names)
+
+    def bar(name: str) -> Progress:
+        def show(done: int, total: int) -> None:
+            counts[name] = (done, total)
+            if len(counts) == len(models):
+                on_progress(sum(d for d, _ in counts.values()), sum(t for _, t in counts.values()))
+
+        return show
+
+    return {name: bar(name) for name in models}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of one model say which one."""
+    try:
+        yield
+    except (ArtifactError, ConfigError, EngineDied) as error:
+        raise type(error)(f"model {name!r}: {error}") from error
+
+
+async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _summary(info: EngineInfo) -> str:

@@ -11,6 +11,10 @@ COMMANDS = {  # command -> (module, what it does)
     "chat": ("vivace.serving.cli", "talk to a server"),
     "generate": ("vivace.serving.cli", "continue a text, by a server or in this process"),
     "info": ("vivace.engine.cli", "say what a checkpoint is and what it takes to serve it"),
+    "config": (
+        "vivace.engine.cli",
+        "print all settings, and what this machine makes of a checkpoint",
+    ),
     "bench": ("vivace.bench.cli", "measure"),
 }
 USAGE = "usage: vivace COMMAND ...   (vivace COMMAND --help says more)\n\n" + "".join(

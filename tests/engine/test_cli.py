@@ -1,6 +1,7 @@
-"""`vivace info`: what it says of checkpoints that can be served, and of those that cannot."""
+"""`vivace info`: what it says of checkpoints that can be served, and of those that cannot. `vivace config`."""
 
 import json
+import tomllib
 
 import pytest
 
@@ -8,7 +9,7 @@ from tests.architectures import MODELS
 from tests.tiny_models import make_checkpoint
 from vivace.engine import plan
 from vivace.engine.cli import main
-from vivace.engine.errors import ArtifactError
+from vivace.engine.errors import ArtifactError, ConfigError
 
 
 @pytest.fixture
@@ -94,3 +95,37 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
         main("info", [str(tmp_path / "nowhere")])
     with pytest.raises(ArtifactError, match=r"config\.json: cannot be read"):
         main("info", [str(tmp_path)])
+
+
+def test_config_prints_the_tree_and_what_the_machine_makes_of_each_model(
+    tmp_path, capsys, monkeypatch
+):
+    machine = plan.Machine(num_cpus=6, free_bytes=1 << 30)
+    monkeypatch.setattr("vivace.engine.cli.read_machine", lambda: machine)
+    model = checkpoint_of(tmp_path / "qwen3", "qwen3")
+    words = [str(model), str(model), "--name", "a", "--name", "b", "--max-context", "64"]
+    assert main("config", words) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["models"] == {"a": str(model), "b": str(model)}
+    assert text.count("#   plan: 3 threads, context 64 tokens") == 2
+    assert text.count("#   KV cache 128 MiB: ") == 2
+    assert text.count("#   weights in fp32 0 MiB, working memory ") == 2
+    (tmp_path / "printed.toml").write_text(text)
+    assert main("config", ["--config", str(tmp_path / "printed.toml")]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_config_ends_with_1_and_the_reason_where_a_model_cannot_be_served(tmp_path, capsys):
+    model = checkpoint_of(tmp_path / "qwen3", "qwen3")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    capsys.readouterr()
+    assert main("config", [str(model), str(bad)]) == 1
+    shown = capsys.readouterr()
+    assert "#   plan: " in shown.out
+    assert f"#   cannot be served: model 'bad': {bad}/config.json: cannot be read" in shown.out
+    assert shown.err.startswith("vivace: error: model 'bad': ") and shown.err.count("\n") == 1
+    with pytest.raises(ConfigError, match=r"not enough memory: .* of all models"):
+        half = plan.read_machine().free_bytes * 3 // 5
+        words = [str(model), str(model), "--name", "a", "--name", "b"]
+        main("config", [*words, "--kv-memory", str(half)])

@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.generation import PROMPT_LENGTHS, SAMPLED, config, prompts_of
 from vivace import LLM, SamplingParams
+from vivace.engine.config import CpuConfig
 from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
 from vivace.kernels.backend import Backend
 
@@ -173,3 +174,9 @@ def test_both_backends_agree(llm):
             if best - second < 1e-4:
                 break
             assert token == other
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused_by_name(tiny_qwen3):
+    wanted = replace(config(tiny_qwen3), cpu=CpuConfig(isa="none"))
+    with pytest.raises(ConfigError, match=r"cpu\.isa must be one of portable.*, got 'none'"):
+        LLM(tiny_qwen3, config=wanted)

@@ -15,8 +15,8 @@ PROMPT = "<|im_start|>user\nHow many days does delivery take?<|im_end|>\n<|im_st
 class Server:
     """A `vivace serve` process and what it printed."""
 
-    def __init__(self, *arguments, model=MODEL):
-        self._name = Path(model).name
+    def __init__(self, *arguments, model=MODEL, names=None):
+        self._names = names or Path(model).name
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vivace", "serve", str(model), *arguments],
             stdout=subprocess.PIPE,
@@ -32,7 +32,7 @@ class Server:
 
     def wait_ready(self):
         line = self.process.stdout.readline()
-        assert line.startswith(f"vivace: serving {self._name} on "), (line, self.errors)
+        assert line.startswith(f"vivace: serving {self._names} on "), (line, self.errors)
         self.target = line.split()[-1]
         return self
 
@@ -52,13 +52,16 @@ class Server:
 
     def engine_pid(self):
         """The one child that runs the engine."""
-        children = (
-            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        )
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            children += (task / "children").read_text().split()
-        [pid] = {int(child) for child in children if b"vivace.engine" in _command(child)}
+        [pid] = engine_pids(self.process.pid)
         return pid
+
+
+def engine_pids(server_pid):
+    """The children of a process that run engines."""
+    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
+    for task in Path(f"/proc/{server_pid}/task").iterdir():
+        children += (task / "children").read_text().split()
+    return {int(child) for child in children if b"vivace.engine" in _command(child)}
 
 
 def _command(pid):
@@ -79,8 +82,8 @@ def is_gone(pid, seconds):
 
 
 @contextmanager
-def serving(*arguments, model=MODEL):
-    server = Server("--port", "0", *arguments, model=model)
+def serving(*arguments, model=MODEL, names=None):
+    server = Server("--port", "0", *arguments, model=model, names=names)
     try:
         yield server.wait_ready()
     finally:

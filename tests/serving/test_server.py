@@ -1,4 +1,4 @@
-"""The server before it is ready and when it is full; what a handler sees of a client that has left."""
+"""The server before it is ready, when it is full and when it drains; what a handler sees of a client that has left."""
 
 import asyncio
 import signal
@@ -20,13 +20,13 @@ from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 LOADS_FOR_EVER = f"""
     import sys
     from pathlib import Path
-    from vivace.engine.config import Config
+    from vivace.engine.config import Config, ServerConfig
     from vivace.engine.runtimes.native import spawn
-    from vivace.serving.server import ServerConfig, run
+    from vivace.serving.server import run
 
     child = spawn((sys.executable, "-c", "import time; time.sleep(60)"))
-    config = ServerConfig("127.0.0.1", int(sys.argv[1]), "slow")
-    sys.exit(run(config, Config(model=Path({str(MODEL)!r})), child, on_progress=print))
+    config = ServerConfig(port=int(sys.argv[1]))
+    sys.exit(run(config, {{"slow": (Config(model=Path({str(MODEL)!r})), child)}}, print))
 """
 
 
@@ -88,6 +88,79 @@ def test_ctrl_c_drains_too():
         assert list(call)[-1].finish_reason == "length"
         code, errors = server.wait(10)
         assert code == 0 and "Traceback" not in errors
+
+
+def test_requests_that_outlast_the_drain_end_unavailable_and_the_status_is_1():
+    with serving("--set", "server.drain_s=0.3") as server, Client(server.target) as client:
+        calls = [client.generate(PROMPT, max_tokens=1900, ignore_eos=True) for _ in range(2)]
+        for call in calls:
+            next(call)
+        server.process.terminate()
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as error:
+                list(call)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "the server has stopped" in error.value.details()
+        code, errors = server.wait(10)
+        assert code == 1 and "Traceback" not in errors
+        assert "server.drain_s (0.3)" in errors
+
+
+def test_a_server_without_requests_drains_in_no_time():
+    with serving("--set", "server.drain_s=0") as server:
+        server.process.terminate()
+        assert server.wait(10)[0] == 0
+
+
+def test_a_draining_server_says_so_until_its_last_request_has_ended():
+    with serving() as server, Client(server.target) as client:
+        with grpc.insecure_channel(server.target) as channel:
+            request = health_pb2.HealthCheckRequest(service="vivace.v1.Inference")
+            watch = health_pb2_grpc.HealthStub(channel).Watch(request)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            call = client.generate(PROMPT, max_tokens=200, ignore_eos=True)
+            next(call)
+            server.process.terminate()
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            for refused in (client.generate(PROMPT), client.chat(CHAT)):
+                with pytest.raises(grpc.RpcError) as error:
+                    list(refused)
+                assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "draining" in error.value.details()
+            assert server.process.poll() is None
+            assert list(call)[-1].finish_reason == "length"
+            watch.cancel()
+        assert server.wait(10)[0] == 0
+
+
+def test_the_limits_of_a_connection_are_settings():
+    words = ("max_message_bytes=2KiB", "max_metadata_bytes=3KiB", "max_concurrent_streams=1")
+    words = [word for one in words for word in ("--set", f"server.{one}")]
+    with serving(*words) as server, grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+
+        def code_of(text, metadata=()):
+            request = pb.GenerateRequest(text=text, sampling=pb.SamplingParams(max_tokens=1))
+            try:
+                list(stub.Generate(request, metadata=metadata, timeout=30))
+            except grpc.RpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        assert code_of("x " * 900) is grpc.StatusCode.OK
+        assert code_of("x " * 1100) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code_of("x", [("some", "x" * 2000)]) is grpc.StatusCode.OK
+        assert code_of("x", [("some", "x" * 4000)]) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        sampling = pb.SamplingParams(max_tokens=1900, ignore_eos=True)
+        first = stub.Generate(pb.GenerateRequest(text="x", sampling=sampling))
+        next(first)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.GetLoads(pb.GetLoadsRequest(), timeout=0.5)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        with Client(server.target) as another:
+            assert another.loads(timeout=30).num_running == 1
+        first.cancel()
+        assert stub.GetLoads(pb.GetLoadsRequest(), timeout=30)
 
 
 def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
