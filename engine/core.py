@@ -130,7 +130,7 @@ class EngineCore:
         if not chunks:
             return events
         batch = self._batcher.build(chunks)
-        logits_RV = self._runner.step(batch.inputs)
+        logits_RV, _ = self._runner.step(batch.inputs)
         sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
         return events + self._commit(batch, sampled, logprobs)

@@ -69,6 +69,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.T: scheduler.max_step_tokens,
         Symbol.B: scheduler.max_running,
         Symbol.B1: scheduler.max_running + 1,
+        Symbol.P: scheduler.max_step_tokens,
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
     }

@@ -1,5 +1,5 @@
-"""Batch to logits: binds a `Program` to buffers and runs its calls in order. Decides nothing;
-imports no torch.
+"""Batch to logits and hidden states: binds a `Program` to buffers and runs its calls in order.
+Decides nothing; imports no torch.
 
 The plain loop: whatever replaces it (a replay in C++, a captured graph) must give what it gives.
 """
@@ -55,7 +55,7 @@ class Runner:
             ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
         ]
         self._slots = assign_slots(program)
-        values = list(dict.fromkeys((*values_of(program), program.logits)))
+        values = list(dict.fromkeys((*values_of(program), program.hidden, program.logits)))
         places = {value: i for i, value in enumerate(values)}
         self._fixed: list[Buffer | None] = [None] * len(values)
         for value, i in places.items():
@@ -71,7 +71,7 @@ class Runner:
         self._activations = [
             (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
         ]
-        self._logits = places[program.logits]
+        self._results = places[program.logits], places[program.hidden]
         self._calls: list[tuple[Callable[..., None], Callable[[Any], Any], dict[str, Any]]] = [
             (
                 getattr(ops, call.op),
@@ -86,22 +86,27 @@ class Runner:
         )
         self._bound: dict[tuple[int, ...], list[Buffer | None]] = {}
 
-    def step(self, inputs: Mapping[str, Array]) -> Buffer:
-        """Return logits [R, V], valid until the next step. Raises ValueError if the inputs do not
-        fit."""
-        sizes = self._sizes(inputs)
+    def step(
+        self, inputs: Mapping[str, Array], num_logits: int | None = None
+    ) -> tuple[Buffer, Buffer]:
+        """Return logits [R, V] of the first `num_logits` of the rows asked for, None for all, and
+        the final hidden state [P, M] of all, both valid until the next step.
+
+        Raises ValueError if the inputs do not fit.
+        """
+        sizes = self._sizes(inputs, num_logits)
         buffers = self._bind(sizes)
         upload = self.ops.memory.upload
         for value, i in self._inputs:
             buffers[i] = upload(np.ascontiguousarray(inputs[value.name]))
         for run, pick, attrs in self._calls:
             run(*pick(buffers), **attrs)
-        logits = buffers[self._logits]
-        assert logits is not None
-        return logits
+        logits, hidden = (buffers[i] for i in self._results)
+        assert logits is not None and hidden is not None
+        return logits, hidden
 
-    def _sizes(self, inputs: Mapping[str, Array]) -> dict[Symbol, int]:
-        """The symbols' values, from the shapes of the inputs."""
+    def _sizes(self, inputs: Mapping[str, Array], num_logits: int | None) -> dict[Symbol, int]:
+        """The symbols' values, from the shapes of the inputs; the rows of logits have none."""
         sizes: dict[Symbol, int] = {}
         for value, _ in self._inputs:
             shape = inputs[value.name].shape
@@ -115,6 +120,10 @@ class Runner:
                     raise ValueError(
                         f"{value.name} {list(shape)}: {symbol.value} are {sizes[symbol]} elsewhere"
                     )
+        num_rows = sizes[Symbol.P]
+        sizes[Symbol.R] = num_rows if num_logits is None else num_logits
+        if not 0 <= sizes[Symbol.R] <= num_rows:
+            raise ValueError(f"num_logits must be in 0..{num_rows}, the rows, got {num_logits}")
         for symbol, size in sizes.items():
             if size > self._most[symbol]:
                 raise ValueError(f"{symbol.value}: {size} in a step, at most {self._most[symbol]}")

@@ -90,7 +90,7 @@ class Driver:
             "rope_variants": variants,
         }
         arrays = {name: np.array(values, np.int32) for name, values in inputs.items()}
-        logits = self.runner.step(arrays)
+        logits, _ = self.runner.step(arrays)
         return np.array(self.runner.ops.memory.read(logits))  # a copy: the next step writes over it
 
     def is_long(self, num_tokens: int) -> bool:
@@ -148,6 +148,7 @@ def make_driver(
         Symbol.T: max_tokens,
         Symbol.B: 64,
         Symbol.B1: 65,
+        Symbol.P: max_tokens,
         Symbol.R: max_tokens,
         Symbol.X: num_blocks,
     }
@@ -181,6 +182,13 @@ class Oracle:
         rope = self.model.config.rope_parameters
         is_longrope = rope.get("rope_type") == "longrope"
         self._long_rope_from = rope["original_max_position_embeddings"] if is_longrope else math.inf
+
+    @torch.no_grad()
+    def hidden(self, tokens: Sequence[int]) -> Array:
+        """The final hidden state of every position."""
+        out = self.model.base_model(torch.tensor([list(tokens)]))
+        result: Array = out.last_hidden_state[0].numpy()
+        return result
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Array:

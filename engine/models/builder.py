@@ -48,8 +48,8 @@ class Builder:
         return Value(f"{op}_{self._num_values}", Kind.ACTIVATION, shape, dtype)
 
     def view(self, value: Value, *shape: Size) -> Value:
-        """The same elements under another shape; the caller sees to it that their number is the
-        same."""
+        """The same elements under another shape, or the leading ones; the caller sees to it that
+        there are as many."""
         return Value(f"{value.name}_view", Kind.ACTIVATION, shape, value.dtype, of=value.owner)
 
     def call(
@@ -69,12 +69,12 @@ class Builder:
         self.call("linear", (out_TN,), (x_TK, weight_NK, *bias))
         return out_TN
 
-    def take_rows(self, x_TM: Value, rows_R: Value) -> Value:
-        """Append the choice of the rows that need logits."""
-        out_RM = self.activation("take_rows", rows_R.shape[0], x_TM.shape[1])
-        self.call("take_rows", (out_RM,), (x_TM, rows_R))
-        return out_RM
+    def take_rows(self, x_TM: Value, rows_P: Value) -> Value:
+        """Append the choice of the rows that pass the last layer."""
+        out_PM = self.activation("take_rows", rows_P.shape[0], x_TM.shape[1])
+        self.call("take_rows", (out_PM,), (x_TM, rows_P))
+        return out_PM
 
-    def finish(self, logits: Value) -> Program:
+    def finish(self, hidden: Value, logits: Value) -> Program:
         """Close the program."""
-        return Program(tuple(self._calls), logits, dict(self._constants))
+        return Program(tuple(self._calls), hidden, logits, dict(self._constants))

@@ -10,12 +10,12 @@ from vivace.engine.models.program import Program, Symbol, Value
 from vivace.engine.models.rope import emit_rope_table
 from vivace.engine.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
 
-T, B, B1, R, X = Symbol.T, Symbol.B, Symbol.B1, Symbol.R, Symbol.X
+T, B, B1, P, R, X = Symbol.T, Symbol.B, Symbol.B1, Symbol.P, Symbol.R, Symbol.X
 
 
 def emit(spec: ModelSpec) -> Program:
-    """The program of one step: tokens of any requests in, logits [R, V] of the rows that need them
-    out.
+    """The program of one step: tokens of any requests in; out, the final hidden state [P, M] of the
+    rows that are asked for, and logits [R, V] of the first of these.
 
     From the last layer's attention on only those rows are carried: nothing after it looks at other
     rows.
@@ -27,7 +27,7 @@ def emit(spec: ModelSpec) -> Program:
         query_starts=b.input("query_starts", B1),
         context_lens_B=b.input("context_lens", B),
     )
-    rows_R = b.input("rows", R)
+    rows_P = b.input("rows", P)
     tables = _rope_tables(b, spec)
     embed_VM = b.weight("embed", spec.vocab_size, spec.model_size)
     residual = b.activation("embed", T, spec.model_size)
@@ -41,7 +41,7 @@ def emit(spec: ModelSpec) -> Program:
         heads = emit_attention(b, at, normed, layer.attention, cos_sin_TR=rope, places=places)
         is_last = i == len(spec.layers) - 1
         if is_last:
-            heads, residual = b.take_rows(heads, rows_R), b.take_rows(residual, rows_R)
+            heads, residual = b.take_rows(heads, rows_P), b.take_rows(residual, rows_P)
         attended = emit_output(
             b, at, heads, model_size=spec.model_size, has_bias=layer.attention.out_bias
         )
@@ -54,7 +54,7 @@ def emit(spec: ModelSpec) -> Program:
         if is_last:
             next_norm = "final_norm"
         residual, normed = _add(b, next_norm, mixed, residual_TM=residual, norm=spec.norm)
-    return b.finish(_emit_logits(b, normed, embed_VM, spec))
+    return b.finish(normed, _emit_logits(b, normed, embed_VM, spec))
 
 
 def _emit_block(b: Builder, at: str, x_TM: Value, layer: LayerSpec) -> Value:
@@ -79,11 +79,11 @@ def _add(
     return sum_TM, sum_TM
 
 
-def _emit_logits(b: Builder, normed_RM: Value, embed_VM: Value, spec: ModelSpec) -> Value:
+def _emit_logits(b: Builder, hidden_PM: Value, embed_VM: Value, spec: ModelSpec) -> Value:
     head_VM = embed_VM
     if not spec.tied_embeddings:
         head_VM = b.weight("lm_head", spec.vocab_size, spec.model_size)
-    logits_RV = b.linear(normed_RM, head_VM)
+    logits_RV = b.linear(b.view(hidden_PM, R, spec.model_size), head_VM)
     if spec.final_softcap is None:
         return logits_RV
     capped_RV = b.activation("softcap", *logits_RV.shape)

@@ -20,7 +20,8 @@ class Symbol(Enum):
     T = "tokens"
     B = "requests"
     B1 = "requests + 1"
-    R = "rows that need logits"
+    P = "rows that pass the last layer"
+    R = "rows of logits"
     X = "columns of the block table"
 
 
@@ -51,7 +52,8 @@ class Value:
     # Of a weight: the rows of each checkpoint tensor it is joined from, if there is more than one.
     parts: tuple[int, ...] = ()
     plus: float = 0.0  # of a weight: added to what the checkpoint holds
-    of: "Value | None" = None  # the same memory as this activation, under another shape
+    # The same memory as this activation under another shape, or its leading rows.
+    of: "Value | None" = None
 
     @property
     def owner(self) -> "Value":
@@ -72,10 +74,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Calls in order, and the value that holds the logits [R, V] after the last."""
+    """Calls in order, and the values that hold the results after the last."""
 
     calls: tuple[Call, ...]
-    logits: Value
+    hidden: Value  # [P, M], after the final norm
+    logits: Value  # [R, V], of its first R rows
     constants: dict[Value, Array] = field(default_factory=dict)
 
 
@@ -96,7 +99,7 @@ def assign_slots(program: Program) -> dict[Value, int]:
     their owner does.
     """
     last_use = {v.owner: i for i, call in enumerate(program.calls) for v in (*call.outs, *call.ins)}
-    last_use[program.logits.owner] = len(program.calls)
+    last_use |= dict.fromkeys((program.hidden.owner, program.logits.owner), len(program.calls))
     slots: dict[Value, int] = {}
     free: dict[DType, list[int]] = {}
     num_slots = 0

@@ -1,4 +1,4 @@
-"""The rows that need logits, so that the last norm and the output layer run on them alone."""
+"""The rows of which something is wanted, so that all that follows the last attention runs on them alone."""
 
 from typing import Protocol
 

@@ -33,7 +33,7 @@ def test_no_two_live_values_share_a_slot():
         for value in call.outs:
             written_by.setdefault(value.owner, i)
         last_use.update({value.owner: i for value in (*call.outs, *call.ins)})
-    last_use[program.logits.owner] = len(program.calls)
+    last_use[program.hidden.owner] = last_use[program.logits.owner] = len(program.calls)
     for a in slots:
         for b in slots:
             if a is not b and slots[a] == slots[b]:
@@ -41,14 +41,15 @@ def test_no_two_live_values_share_a_slot():
     assert set(slots) == {v.owner for v in values_of(program) if v.kind is Kind.ACTIVATION}
 
 
-def test_the_logits_keep_their_slot_to_the_end():
+def test_the_results_keep_their_slots_to_the_end():
     b = Builder()
     weight = b.weight("w", 8, 8)
     first = b.linear(b.input("x", Symbol.T, 8), weight)
     second = b.linear(first, weight)
     b.linear(b.linear(second, weight), weight)
-    slots = assign_slots(b.finish(logits=first))
-    assert [value for value, slot in slots.items() if slot == slots[first]] == [first]
+    slots = assign_slots(b.finish(hidden=first, logits=second))
+    for result in (first, second):
+        assert [value for value, slot in slots.items() if slot == slots[result]] == [result]
 
 
 def test_the_arena_does_not_grow_with_the_number_of_layers():
@@ -64,11 +65,21 @@ def test_layers_with_the_same_rotation_share_its_table():
     assert used == [tables[0].outs[0], tables[1].outs[0]] * 2
 
 
-def test_only_the_rows_that_need_logits_pass_the_last_layer():
+def test_only_the_rows_that_are_asked_for_pass_the_last_layer():
     program = emit(spec_of(PLAIN, PLAIN))
     sizes = [call.outs[0].shape[0] for call in program.calls if call.op == "gated"]
-    assert sizes == [Symbol.T, Symbol.R]
+    assert sizes == [Symbol.T, Symbol.P]
+    assert program.hidden.shape == (Symbol.P, 64)
+
+
+def test_the_output_layer_reads_the_leading_rows_where_they_lie():
+    """No op copies them: the hidden state costs a decode step nothing."""
+    program = emit(spec_of(PLAIN, PLAIN))
+    last = program.calls[-1]
+    assert last.op == "linear" and last.outs == (program.logits,)
+    assert last.ins[0].shape == (Symbol.R, 64) and last.ins[0].of is program.hidden
     assert program.logits.shape == (Symbol.R, 260)
+    assert program.calls[-2].outs[-1] is program.hidden
 
 
 def test_a_tied_model_has_no_head_of_its_own():
