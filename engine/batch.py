@@ -58,7 +58,7 @@ class Batch:
     @property
     def num_rows(self) -> int:
         """Rows of logits in all."""
-        return len(self.inputs["rows"])
+        return len(self.sampling.temperature_R)
 
 
 class Batcher:

@@ -19,6 +19,7 @@ from vivace.engine.events import (
     FinishReason,
     Loads,
     TokenEvent,
+    TokenLogprobs,
     Usage,
 )
 from vivace.engine.models import weights
@@ -111,8 +112,7 @@ class EngineCore:
                 arrival=now,
                 deadline=request.deadline,
                 salt=request.salt,
-                # Nothing predicts the first token.
-                prompt_logprobs=[] if request.sampling.prompt_logprobs is None else [None],
+                prompt_logprobs=_unwanted_logprobs(request),
             )
         )
 
@@ -130,7 +130,7 @@ class EngineCore:
         if not chunks:
             return events
         batch = self._batcher.build(chunks)
-        logits_RV, _ = self._runner.step(batch.inputs)
+        logits_RV, _ = self._runner.step(batch.inputs, batch.num_rows)
         sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
         return events + self._commit(batch, sampled, logprobs)
@@ -181,8 +181,8 @@ class EngineCore:
             if chunk.samples:
                 events.append(self._commit_token(chunk, sampled[row], row, logprobs, then))
                 row += 1
-            else:
-                self._scheduler.commit(chunk, None)
+            elif (finish := self._scheduler.commit(chunk, None)) is not None:
+                events.append(self._finish_prompt(chunk.request, finish, then))
         self._counters.num_steps += 1
         self._counters.num_tokens_computed += len(batch.inputs["tokens"])
         self._counters.num_tokens_generated += len(sampled)
@@ -210,10 +210,29 @@ class EngineCore:
             usage=None if finish is None else _usage(request, then),
         )
 
+    def _finish_prompt(self, request: Request, finish: FinishReason, then: float) -> TokenEvent:
+        """The one event of a request that draws nothing."""
+        self._counters.num_requests_finished += 1
+        self._count(request)
+        return TokenEvent(
+            request.id,
+            prompt_logprobs=tuple(request.prompt_logprobs),
+            finish=finish,
+            usage=_usage(request, then),
+        )
+
     def _count(self, request: Request) -> None:
         self._counters.num_prompt_tokens += request.num_prompt_tokens
         self._counters.num_cached_tokens += request.num_cached_tokens
         self._counters.num_preemptions += request.num_preemptions
+
+
+def _unwanted_logprobs(request: EngineRequest) -> list[TokenLogprobs | None]:
+    """One None for each prompt token before the first whose logprobs are wanted; nothing predicts the very first."""
+    sampling = request.sampling
+    if sampling.prompt_logprobs is None:
+        return []
+    return [None] * min(sampling.prompt_logprobs_start, len(request.prompt_token_ids))
 
 
 def _usage(request: Request, then: float) -> Usage:

@@ -27,7 +27,8 @@ class Request:
     num_cached_tokens: int = 0  # found in the prefix cache when first scheduled
     first_scheduled: float | None = None
     first_token: float | None = None
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # so far, one a token
+    # So far, one a token; at first, None for all before the first that is wanted.
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def num_pending(self) -> int:
@@ -38,6 +39,14 @@ class Request:
     def num_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens that it need not compute if a cache has them: never its last, nor any whose logits it wants."""
+        most = len(self.tokens) - 1
+        if self.wants_prompt_logprobs:  # the token before one predicts it
+            most = min(most, len(self.prompt_logprobs) - 1)
+        return most
 
     @property
     def wants_prompt_logprobs(self) -> bool:

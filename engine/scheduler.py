@@ -3,6 +3,7 @@
 There is no prefill phase and no decode phase. A request has `num_pending` tokens, a step has a token budget, and the
 scheduler spends it: first on requests that need one token, then on running prompts, oldest first, then on waiting
 requests in order of arrival. Chunked prefill, prefix hits and resuming after preemption all fall out of that one rule.
+A request that may draw nothing (max_tokens 0) ends when its prompt is computed.
 
 A request gets the blocks of all its known tokens when it starts to run, so only decoding can run out of blocks; then
 the request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
@@ -44,8 +45,9 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether a new token follows: the chunk reaches the end of what is known."""
-        return self.end == len(self.request.tokens)
+        """Whether a new token follows: the chunk reaches the end of what is known, and tokens are wanted."""
+        request = self.request
+        return self.end == len(request.tokens) and request.sampling.max_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,10 @@ class Scheduler:
         if self._window is not None:
             self._release_passed(request)
         if sampled is None:
-            return None
+            if request.num_pending:
+                return None
+            self.end(request.id)  # nothing is drawn after its prompt
+            return FinishReason.LENGTH
         request.tokens.append(sampled)
         finish = self._finish(request, sampled)
         if finish is not None:
@@ -183,8 +188,9 @@ class Scheduler:
         """Give a prompt as much of the budget as it can use; returns what is left."""
         num_tokens = min(request.num_pending, budget)
         if request.wants_prompt_logprobs:
-            num_tokens = min(num_tokens, logprob_rows)
-            logprob_rows -= num_tokens
+            num_without = max(0, len(request.prompt_logprobs) - 1 - request.num_computed)
+            num_tokens = min(num_tokens, num_without + logprob_rows)
+            logprob_rows -= max(0, num_tokens - num_without)
         if num_tokens:
             chunks.append(Chunk(request, num_tokens))
         return budget - num_tokens, logprob_rows
@@ -206,17 +212,14 @@ class Scheduler:
         self._waiting.extendleft(reversed(passed))
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Blocks that hold the request's first tokens already; never its last token, which must be computed.
+        """Blocks that hold the request's first tokens already, of those that it need not compute itself.
 
         As in its block table: the numbers of what lies left of the next token's window say nothing.
         """
         if not self._prefix_sharing:
             return []
         self._extend_digests(request)
-        most = len(request.tokens) - 1
-        if request.wants_prompt_logprobs:  # a position's logits cannot be found in a cache
-            most = min(most, len(request.prompt_logprobs) - 1)
-        digests = request.digests[: most // self._block_tokens]
+        digests = request.digests[: request.num_skippable // self._block_tokens]
         if self._window is not None:
             return self._find_in_window(digests)
         found: list[int] = []
@@ -243,10 +246,7 @@ class Scheduler:
         return found[:num_found]
 
     def _must_wait(self, request: Request, num_found: int) -> bool:
-        if (
-            request.wants_prompt_logprobs
-            or num_found >= (len(request.tokens) - 1) // self._block_tokens
-        ):
+        if num_found >= request.num_skippable // self._block_tokens:
             return False
         return self._prefix_sharing and request.digests[num_found] in self._computing
 

@@ -10,7 +10,7 @@ from vivace.engine.scheduler import ContextRules, Scheduler
 BLOCK = 4  # tokens
 
 
-def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, stop=()):
+def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, start=1, stop=()):
     return Sampling(
         temperature=0.0,
         top_k=0,
@@ -22,19 +22,20 @@ def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, stop=()):
         stop_token_ids=stop,
         logprobs=None,
         prompt_logprobs=prompt_logprobs,
+        prompt_logprobs_start=start,
     )
 
 
-def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None):
+def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None, start=1):
     return Request(
         str(name),
         list(tokens),
         len(tokens),
-        sampling(max_tokens, prompt_logprobs=prompt_logprobs),
+        sampling(max_tokens, prompt_logprobs=prompt_logprobs, start=start),
         arrival=0.0,
         deadline=deadline,
         salt=salt,
-        prompt_logprobs=[] if prompt_logprobs is None else [None],
+        prompt_logprobs=[] if prompt_logprobs is None else [None] * min(start, len(tokens)),
     )
 
 
@@ -134,6 +135,7 @@ class World:
         if finish is not None:
             self.finished[one.id] = finish
             assert len(one.prompt_logprobs) in (0, one.num_prompt_tokens)
+            assert one.num_generated == one.sampling.max_tokens
             del self.live[one.id]
         elif self.is_long(one) != was_long:
             assert one.num_computed == 0, "goes on with a cache that is void"

@@ -178,6 +178,67 @@ def test_prompt_logprobs_take_a_bounded_number_of_rows_a_step_and_no_cached_ones
     assert world.num_computed == 300
 
 
+def test_a_request_that_draws_nothing_ends_with_its_prompt():
+    world = World()
+    one = request("a", range(20), 0)
+    world.add(one)
+    assert [(c.num_tokens, c.samples) for c in world.step()] == [(16, False)]
+    assert world.finished == {}
+    assert [(c.num_tokens, c.samples) for c in world.step()] == [(4, False)]
+    assert world.finished == {"a": FinishReason.LENGTH} and one.num_generated == 0
+    assert world.pool.num_available == world.pool.num_blocks
+
+
+def test_a_prompt_that_draws_nothing_may_fill_the_cache():
+    world = World(num_blocks=4)
+    world.add(request("a", range(16), 0))
+    world.run()
+    with pytest.raises(InvalidRequest, match="need 5 blocks, the cache has 4"):
+        world.add(request("b", range(17), 0))
+
+
+def test_a_prompt_that_draws_nothing_computes_its_last_token_though_all_of_it_is_cached():
+    world = World()
+    for name in ("a", "b"):
+        before = world.num_computed
+        world.add(request(name, range(16), 0))
+        world.run()
+    assert world.num_computed - before == 4
+
+
+def test_prompts_that_draw_nothing_share_steps_with_those_that_decode():
+    world = World()
+    world.add(request("decodes", [1] * 3, 30))
+    world.step()
+    world.add(request("a", range(20), 0))
+    steps = [[(c.request.id, c.num_tokens, c.samples) for c in world.step()] for _ in range(2)]
+    assert steps == [
+        [("decodes", 1, True), ("a", 15, False)],
+        [("decodes", 1, True), ("a", 5, False)],
+    ]
+    assert "decodes" in world.live and world.finished == {"a": FinishReason.LENGTH}
+
+
+def test_positions_before_the_first_wanted_logprobs_may_be_cached_and_take_no_rows():
+    world = World(num_blocks=200, max_step=200)
+    world.add(request("a", range(100), 0, prompt_logprobs=0, start=60))
+    assert [c.num_tokens for c in world.step()] == [100]  # 59 without, 41 with logprobs
+    world.add(request("b", range(100), 0, prompt_logprobs=0, start=60))
+    assert [c.num_tokens for c in world.step()] == [100 - 56]  # 14 blocks before position 59
+    world.add(request("c", range(200, 300), 0, prompt_logprobs=0, start=10))
+    assert [c.num_tokens for c in world.step()] == [9 + MAX_PROMPT_LOGPROB_ROWS]
+    world.run()
+
+
+def test_continuations_of_one_prompt_that_come_together_compute_it_once():
+    world = World(num_blocks=200)
+    for i in range(4):
+        tokens = [*range(40), 100 + i, 110 + i]
+        world.add(request(i, tokens, 0, prompt_logprobs=0, start=40))
+    world.run()
+    assert world.num_computed == 42 + 3 * 6  # the token that predicts the first is in block 10
+
+
 def test_what_was_released_last_outlives_what_was_released_first():
     world = World(num_blocks=6)
     world.add(request("a", range(9), 1))
@@ -276,7 +337,8 @@ def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
     for i in range(30):
         stem = list(range(rng.choice([0, 8, 20])))
         tokens = stem + [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
-        world.add(request(i, tokens, rng.randint(1, 8)))
+        asked = {"prompt_logprobs": rng.choice([None, None, 0]), "start": rng.randint(1, 20)}
+        world.add(request(i, tokens, rng.randint(0, 8), **asked))
     while world.live:
         world.step()
         world.check()
@@ -329,19 +391,20 @@ class Traffic(RuleBasedStateMachine):
     @rule(
         stem=st.sampled_from([0, 4, 8, 9, 16]),
         tail=st.lists(st.integers(0, 1), min_size=1, max_size=12),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         salt=st.sampled_from([b"", b"", b"other"]),
         patience=st.sampled_from([None, None, 2.0, 9.0]),
-        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        start=st.sampled_from([None, None, None, None, 1, 1, 4, 9, 40]),
     )
-    def arrive(self, stem, tail, max_tokens, salt, patience, prompt_logprobs):
+    def arrive(self, stem, tail, max_tokens, salt, patience, start):
         new = request(
             len(self.added),
             [*range(stem), *tail],
             max_tokens,
             salt=salt,
             deadline=None if patience is None else self.now + patience,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=None if start is None else 0,
+            start=start or 1,
         )
         try:
             self.world.add(new)
