@@ -5,14 +5,11 @@ Every running request has a row in tables that stay: its blocks, and how it samp
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from vivace.engine.request import Request
+from vivace.engine.request import Array, Request
 from vivace.engine.scheduler import Chunk
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +37,24 @@ class PromptRows:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledRows:
+    """Rows of the final hidden state that belong to one request's embedding, in the order of its tokens."""
+
+    request: Request
+    first_position: int  # of the token that the first row is of
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. The first `num_sampled` rows of logits are of `sampled`, in order; then come the prompts' rows."""
+    """One step. The first `num_sampled` rows are of `sampled`, in order; then come the prompts' rows, then those of
+    which no logits are wanted."""
 
     chunks: Sequence[Chunk]
     inputs: dict[str, Array]  # by the names of the program's inputs
     sampled: Sequence[Chunk]
     prompt_rows: Sequence[PromptRows]
+    pooled_rows: Sequence[PooledRows]
     sampling: SamplingRows
     num_logprobs: int | None  # the most best tokens that a row wants; None: no row wants logprobs
 
@@ -107,7 +115,10 @@ class Batcher:
         block_T = table[
             np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens
         ]
-        sampled, rows, prompt_rows = _rows(chunks, query_starts)
+        sampled, logit_rows, prompt_rows = _logit_rows(chunks, query_starts)
+        rows, pooled_rows = logit_rows, list[PooledRows]()
+        if len(sampled) < len(chunks):  # whoever samples has no embedding
+            rows, pooled_rows = _pooled_rows(chunks, query_starts, logit_rows)
         inputs = {
             "tokens": np.array(tokens, np.int32),
             "positions": positions_T,
@@ -115,7 +126,7 @@ class Batcher:
             "block_tables": table,
             "query_starts": query_starts,
             "context_lens": context_lens_B,
-            "rows": rows,
+            "rows": np.array(rows, np.int32),
         }
         if self._long_rope_from is not None:
             lengths_B = np.array([len(chunk.request.tokens) for chunk in chunks])
@@ -126,7 +137,8 @@ class Batcher:
             inputs=inputs,
             sampled=sampled,
             prompt_rows=prompt_rows,
-            sampling=self._sampling(sampled, len(rows)),
+            pooled_rows=pooled_rows,
+            sampling=self._sampling(sampled, len(logit_rows)),
             num_logprobs=_num_logprobs(sampled, prompt_rows),
         )
 
@@ -159,9 +171,9 @@ class Batcher:
         )
 
 
-def _rows(
+def _logit_rows(
     chunks: Sequence[Chunk], query_starts: Array
-) -> tuple[list[Chunk], Array, list[PromptRows]]:
+) -> tuple[list[Chunk], list[int], list[PromptRows]]:
     """Which rows need logits: the last of each chunk that samples, then those that predict wanted prompt tokens."""
     sampled: list[Chunk] = []
     rows: list[int] = []
@@ -180,7 +192,24 @@ def _rows(
                 prompt_rows.append(PromptRows(request, first, last - first + 1))
                 offset = int(query_starts[i]) - request.num_computed - 1
                 of_prompts += range(offset + first, offset + last + 1)
-    return sampled, np.array(rows + of_prompts, np.int32), prompt_rows
+    return sampled, rows + of_prompts, prompt_rows
+
+
+def _pooled_rows(
+    chunks: Sequence[Chunk], query_starts: Array, logit_rows: list[int]
+) -> tuple[list[int], list[PooledRows]]:
+    """The rows of logits, then those that are only pooled; and which of all these make up each embedding."""
+    pooled_rows: list[PooledRows] = []
+    places = {row: place for place, row in enumerate(logit_rows)}
+    for i, chunk in enumerate(chunks):
+        request = chunk.request
+        first = max(request.num_computed, request.first_pooled)
+        if request.pooling is not None and first < chunk.end:
+            offset = int(query_starts[i]) - request.num_computed
+            rows = range(offset + first, offset + chunk.end)
+            places_of = [places.setdefault(row, len(places)) for row in rows]
+            pooled_rows.append(PooledRows(request, first, places_of))
+    return list(places), pooled_rows
 
 
 def _num_logprobs(sampled: Sequence[Chunk], prompt_rows: Sequence[PromptRows]) -> int | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vivace.engine import pooling
 from vivace.engine.batch import Batch, Batcher
 from vivace.engine.blocks import BlockPool
 from vivace.engine.config import Config
@@ -97,6 +98,10 @@ class EngineCore:
 
     def add(self, request: EngineRequest, now: float) -> None:
         """Queue a request. Raises Overloaded or InvalidRequest."""
+        if request.pooling is not None and request.sampling.max_tokens > 0:
+            raise InvalidRequest(
+                f"max_tokens must be 0 with pooling, got {request.sampling.max_tokens}"
+            )
         most = len(request.prompt_token_ids) + request.sampling.max_tokens
         if most > self.info.max_context_tokens:
             raise InvalidRequest(
@@ -112,6 +117,7 @@ class EngineCore:
                 arrival=now,
                 deadline=request.deadline,
                 salt=request.salt,
+                pooling=request.pooling,
                 prompt_logprobs=_unwanted_logprobs(request),
             )
         )
@@ -130,9 +136,11 @@ class EngineCore:
         if not chunks:
             return events
         batch = self._batcher.build(chunks)
-        logits_RV, _ = self._runner.step(batch.inputs, batch.num_rows)
+        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows)
         sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
+        if batch.pooled_rows:
+            pooling.add_rows(batch.pooled_rows, self._runner.ops.memory.read(hidden_PM))
         return events + self._commit(batch, sampled, logprobs)
 
     def loads(self) -> Loads:
@@ -219,6 +227,7 @@ class EngineCore:
             prompt_logprobs=tuple(request.prompt_logprobs),
             finish=finish,
             usage=_usage(request, then),
+            embedding=pooling.embedding(request),
         )
 
     def _count(self, request: Request) -> None:

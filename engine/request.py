@@ -1,9 +1,14 @@
 """One generation in flight: its tokens, its blocks, its limits. The scheduler alone writes to it; the engine's commit
-adds what was measured along the way (times, prompt logprobs)."""
+adds what was measured along the way (times, prompt logprobs, hidden states)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from vivace.engine.events import Sampling, TokenLogprobs
+import numpy as np
+
+from vivace.engine.events import Pooling, Sampling, TokenLogprobs
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -17,6 +22,7 @@ class Request:
     arrival: float
     deadline: float | None = None
     salt: bytes = b""
+    pooling: Pooling | None = None
     num_computed: int = 0  # leading tokens whose K and V are in the cache
     blocks: list[int] = field(default_factory=list)  # cache blocks, in token order
     num_released: int = 0  # of those, leading ones that it does not hold: no window reaches them
@@ -29,6 +35,7 @@ class Request:
     first_token: float | None = None
     # So far, one a token; at first, None for all before the first that is wanted.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    hidden_sum_M: Array | None = None  # fp64, of the final hidden states pooled so far
 
     @property
     def num_pending(self) -> int:
@@ -42,11 +49,18 @@ class Request:
 
     @property
     def num_skippable(self) -> int:
-        """Leading tokens that it need not compute if a cache has them: never its last, nor any whose logits it wants."""
+        """Leading tokens that it need not compute if a cache has them: never its last, nor any of which it wants more."""
+        if self.pooling is Pooling.MEAN:
+            return 0
         most = len(self.tokens) - 1
         if self.wants_prompt_logprobs:  # the token before one predicts it
             most = min(most, len(self.prompt_logprobs) - 1)
         return most
+
+    @property
+    def first_pooled(self) -> int:
+        """The position from which on, to the prompt's end, hidden states are pooled, if any are."""
+        return 0 if self.pooling is Pooling.MEAN else self.num_prompt_tokens - 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:
