@@ -63,8 +63,12 @@ def request(
     return EngineRequest(id_, prompt or (first,), sampling, salt=salt)
 
 
+async def collect_request(engine, sent):
+    return [event async for event in engine.generate(sent)]
+
+
 async def collect(engine, *args, **kwargs):
-    return [event async for event in engine.generate(request(*args, **kwargs))]
+    return await collect_request(engine, request(*args, **kwargs))
 
 
 def tokens(events):

@@ -3,14 +3,14 @@
 import numpy as np
 
 from vivace.engine.batch import Batcher
-from vivace.engine.events import Sampling
+from vivace.engine.events import Pooling, Sampling
 from vivace.engine.request import Request
 from vivace.engine.scheduler import Chunk
 
 BLOCK = 4
 
 
-def request(slot, tokens, blocks, *, num_computed=0, num_prompt=None, **sampling):
+def request(slot, tokens, blocks, *, num_computed=0, num_prompt=None, pooling=None, **sampling):
     fields = {
         "temperature": 0.5,
         "top_k": 3,
@@ -32,6 +32,7 @@ def request(slot, tokens, blocks, *, num_computed=0, num_prompt=None, **sampling
         num_computed=num_computed,
         blocks=list(blocks),
         slot=slot,
+        pooling=pooling,
     )
     if made.sampling.prompt_logprobs is not None:
         made.prompt_logprobs.append(None)
@@ -123,6 +124,43 @@ def test_prompt_rows_that_are_recorded_already_are_not_asked_for_again():
     batch = Batcher(1, 4, BLOCK).build([Chunk(again, 6)])
     assert [(r.first_position, r.count) for r in batch.prompt_rows] == [(5, 2)]
     assert batch.inputs["rows"].tolist() == [4, 5]
+
+
+def test_rows_that_are_only_pooled_come_last_and_have_no_logits():
+    decodes = request(0, range(6), [0, 1], num_computed=5, num_prompt=4)
+    scored = request(1, range(5), [2, 3], prompt_logprobs=0, max_tokens=0)
+    mean = request(2, range(8), [4, 5], num_computed=2, max_tokens=0, pooling=Pooling.MEAN)
+    last = request(3, range(4), [6], max_tokens=0, pooling=Pooling.LAST)
+    chunks = [Chunk(mean, 3), Chunk(last, 4), Chunk(scored, 5), Chunk(decodes, 1)]
+    batch = Batcher(4, 4, BLOCK).build(chunks)
+    assert batch.inputs["rows"].tolist() == [12, 7, 8, 9, 10, 0, 1, 2, 6]
+    assert (batch.num_sampled, batch.num_rows) == (1, 5)
+    assert [(r.request, r.first_position, r.rows) for r in batch.pooled_rows] == [
+        (mean, 2, [5, 6, 7]),
+        (last, 3, [8]),
+    ]
+    assert len(batch.sampling.seeds_R) == 5 and len(batch.sampling.bias_starts) == 6
+
+
+def test_a_step_of_pooled_rows_alone_and_one_of_none():
+    mean = request(0, range(8), [0, 1], max_tokens=0, pooling=Pooling.MEAN)
+    last = request(1, range(8), [2, 3], max_tokens=0, pooling=Pooling.LAST)
+    batcher = Batcher(2, 4, BLOCK)
+    pooled, none = batcher.build([Chunk(mean, 4)]), batcher.build([Chunk(last, 7)])
+    assert pooled.inputs["rows"].tolist() == [0, 1, 2, 3]
+    assert none.inputs["rows"].tolist() == [] and none.inputs["rows"].dtype == np.int32
+    for batch in (pooled, none):
+        assert (batch.num_rows, batch.num_logprobs, batch.sampled) == (0, None, [])
+    assert none.pooled_rows == []
+
+
+def test_a_row_that_is_pooled_and_predicts_a_wanted_token_is_there_once():
+    both = request(0, range(6), [0, 1], max_tokens=0, prompt_logprobs=0, pooling=Pooling.MEAN)
+    both.prompt_logprobs += [None, None]  # tokens 1 and 2, before a preemption
+    batch = Batcher(1, 4, BLOCK).build([Chunk(both, 6)])
+    assert batch.inputs["rows"].tolist() == [2, 3, 4, 0, 1, 5]
+    assert batch.num_rows == 3
+    assert [r.rows for r in batch.pooled_rows] == [[3, 4, 0, 1, 2, 5]]
 
 
 def test_each_token_says_whether_its_request_is_long():

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from tests.tiny_models import make_tokenizer
-from vivace.engine.completion import Completion, Detokenizer, stream
-from vivace.engine.events import EngineRequest, FinishReason, Sampling, TokenEvent, Usage
+from vivace.engine.completion import Completion, Detokenizer, TextEvent, stream
+from vivace.engine.events import (
+    EngineRequest,
+    FinishReason,
+    Sampling,
+    TokenEvent,
+    TokenLogprobs,
+    Usage,
+)
 from vivace.engine.sampling import TextRules
 from vivace.engine.tokenizer import Tokenizer
 
@@ -382,3 +389,10 @@ def test_an_early_end_is_passed_on(byte_tokenizer, reason):
         Completion(byte_tokenizer, TextRules(stop=("zz",))), list(b"az"), finish=reason
     )
     assert (events[-1].finish, text_of(events)) == (reason, "az")
+
+
+def test_a_request_that_draws_nothing_shows_its_prompts_logprobs_and_ends(byte_tokenizer):
+    places = (None, TokenLogprobs(97, -0.5, 1, ()))
+    ends = {"prompt_logprobs": places, "finish": FinishReason.LENGTH, "usage": USAGE}
+    completion = Completion(byte_tokenizer, TextRules(stop=("zz",), min_tokens=3))
+    assert completion.push(TokenEvent("r", **ends)) == TextEvent("r", **ends)

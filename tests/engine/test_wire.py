@@ -15,6 +15,7 @@ from vivace.engine.events import (
     EngineRequest,
     FinishReason,
     Loads,
+    Pooling,
     Sampling,
     TokenEvent,
     TokenLogprobs,
@@ -47,6 +48,7 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(TOKEN, max_size=3).map(tuple),
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs_start=COUNT,
 )
 REQUEST = st.builds(
     EngineRequest,
@@ -55,6 +57,7 @@ REQUEST = st.builds(
     SAMPLING,
     deadline=st.none() | SECONDS,
     salt=st.binary(max_size=8),
+    pooling=st.none() | st.sampled_from(Pooling),
 )
 USAGE = st.builds(Usage, COUNT, COUNT, COUNT, SECONDS, SECONDS, SECONDS, COUNT)
 EVENT = st.builds(
@@ -66,6 +69,7 @@ EVENT = st.builds(
     finish=st.none() | st.sampled_from(FinishReason),
     stop_token_id=st.none() | TOKEN,
     usage=st.none() | USAGE,
+    embedding=st.none() | st.lists(st.floats(width=32, allow_nan=False), max_size=5).map(tuple),
 )
 CONFIG = st.builds(
     Config,
