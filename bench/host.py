@@ -32,7 +32,7 @@ class HostPath:
         config = SchedulerConfig(max_step_tokens=4096, max_running=num_requests)
         pool = BlockPool(blocks * num_requests + num_requests, prefix)
         self._scheduler = Scheduler(config, pool, prefix, block_tokens=BLOCK_TOKENS)
-        self._batcher = Batcher(num_requests, blocks, BLOCK_TOKENS)
+        self._batcher = Batcher(num_requests, blocks, BLOCK_TOKENS, vocab_size=1024)
         sampling = Sampling(0.7, 40, 0.9, 0.0, 1, num_steps + 2, 0, (2,), None, None)
         for i in range(num_requests):
             prompt = [i + 3] * PROMPT_TOKENS

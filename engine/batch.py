@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vivace.engine.adjustments import AdjustmentRows, Adjustments
 from vivace.engine.request import Array, Request
 from vivace.engine.scheduler import Chunk
 
@@ -22,9 +23,7 @@ class SamplingRows:
     min_p_R: Array
     seeds_R: Array
     positions_R: Array
-    bias_starts: Array
-    bias_ids: Array
-    bias_values: Array
+    adjustments: AdjustmentRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +80,7 @@ class Batcher:
         max_blocks: int,
         block_tokens: int,
         *,
+        vocab_size: int,
         long_rope_from: int | None = None,
     ) -> None:
         self._block_tokens = block_tokens
@@ -91,6 +91,7 @@ class Batcher:
         self._top_p = np.ones(max_running, np.float32)
         self._min_p = np.zeros(max_running, np.float32)
         self._seed = np.zeros(max_running, np.int64)
+        self._adjustments = Adjustments(max_running, vocab_size)
 
     def build(self, chunks: Sequence[Chunk]) -> Batch:
         """Arrays of one step, in the order of `chunks`."""
@@ -154,10 +155,10 @@ class Batcher:
             self._top_p[request.slot] = sampling.top_p
             self._min_p[request.slot] = sampling.min_p
             self._seed[request.slot] = np.uint64(sampling.seed).astype(np.int64)
+            self._adjustments.enter(request)
 
     def _sampling(self, sampled: Sequence[Chunk], num_rows: int) -> SamplingRows:
         slots = np.array([chunk.request.slot for chunk in sampled], np.intp)
-        bias_starts, bias_ids = _forbidden(sampled, num_rows)
         return SamplingRows(
             temperature_R=_padded(self._temperature[slots], num_rows, 0),
             top_k_R=_padded(self._top_k[slots], num_rows, 0),
@@ -165,9 +166,7 @@ class Batcher:
             min_p_R=_padded(self._min_p[slots], num_rows, 0),
             seeds_R=_padded(self._seed[slots], num_rows, 0),
             positions_R=_padded(np.array([c.end for c in sampled], np.int32), num_rows, 0),
-            bias_starts=bias_starts,
-            bias_ids=bias_ids,
-            bias_values=np.full(len(bias_ids), -np.inf, np.float32),
+            adjustments=self._adjustments.rows([chunk.request for chunk in sampled], num_rows),
         )
 
 
@@ -216,19 +215,6 @@ def _num_logprobs(sampled: Sequence[Chunk], prompt_rows: Sequence[PromptRows]) -
     wanted = [chunk.request.sampling.logprobs for chunk in sampled]
     wanted += [rows.request.sampling.prompt_logprobs for rows in prompt_rows]
     return max((count for count in wanted if count is not None), default=None)
-
-
-def _forbidden(sampled: Sequence[Chunk], num_rows: int) -> tuple[Array, Array]:
-    """Stop tokens of the rows that have not reached their min_tokens, row by row."""
-    starts = np.zeros(num_rows + 1, np.int32)
-    ids: list[int] = []
-    for i, chunk in enumerate(sampled):
-        sampling = chunk.request.sampling
-        if sampling.min_tokens and chunk.request.num_generated < sampling.min_tokens:
-            ids += sampling.stop_token_ids
-        starts[i + 1] = len(ids)
-    starts[len(sampled) + 1 :] = len(ids)
-    return starts, np.array(ids, np.int32)
 
 
 def _padded(array: Array, num_rows: int, value: float) -> Array:

@@ -82,6 +82,7 @@ class EngineCore:
             config.scheduler.max_running,
             plan.max_blocks,
             block_tokens,
+            vocab_size=info.vocab_size,
             long_rope_from=context.long_rope_from,
         )
         self._runner = runner

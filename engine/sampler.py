@@ -53,6 +53,7 @@ class Sampler:
     def sample(self, logits_RV: Buffer, batch: Batch) -> list[int]:
         """The token of each row that samples."""
         R, memory, rows = batch.num_rows, self._ops.memory, batch.sampling
+        adjustments = rows.adjustments
         tokens_R = memory.view(self._tokens, (R,))
         self._ops.sample(
             tokens_R,
@@ -64,9 +65,15 @@ class Sampler:
             memory.upload(rows.min_p_R),
             memory.upload(rows.seeds_R),
             memory.upload(rows.positions_R),
-            memory.upload(rows.bias_starts),
-            memory.upload(rows.bias_ids),
-            memory.upload(rows.bias_values),
+            memory.upload(adjustments.repetition_R),
+            memory.upload(adjustments.frequency_R),
+            memory.upload(adjustments.presence_R),
+            memory.upload(adjustments.penalty_starts),
+            memory.upload(adjustments.penalty_ids),
+            memory.upload(adjustments.penalty_counts),
+            memory.upload(adjustments.bias_starts),
+            memory.upload(adjustments.bias_ids),
+            memory.upload(adjustments.bias_values),
         )
         tokens: list[int] = memory.read(tokens_R)[: batch.num_sampled].tolist()
         return tokens

@@ -9,7 +9,7 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 2;
+constexpr int32_t kAbi = 3;
 
 struct Isa {
   const char* name;

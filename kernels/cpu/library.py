@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-ABI = 2
+ABI = 3
 PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
 
 Array = np.ndarray[Any, Any]

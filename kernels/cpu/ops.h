@@ -124,18 +124,24 @@ struct TakeRowsArgs {
   int64_t R, M;
 };
 struct SampleArgs {
-  int32_t* tokens;              // [R]
-  float* scores;                // [R, V]
-  const float* logits;          // [R, V]
-  const float* temperature;     // [R]
-  const int32_t* top_k;         // [R]
-  const float* top_p;           // [R]
-  const float* min_p;           // [R]
-  const uint64_t* seeds;        // [R]
-  const int32_t* positions;     // [R]
-  const int32_t* bias_starts;   // [R + 1]
-  const int32_t* bias_ids;      // [X]
-  const float* bias_values;     // [X]
+  int32_t* tokens;                // [R]
+  float* scores;                  // [R, V]
+  const float* logits;            // [R, V]
+  const float* temperature;       // [R]
+  const int32_t* top_k;           // [R]
+  const float* top_p;             // [R]
+  const float* min_p;             // [R]
+  const uint64_t* seeds;          // [R]
+  const int32_t* positions;       // [R]
+  const float* repetition;        // [R]
+  const float* frequency;         // [R]
+  const float* presence;          // [R]
+  const int32_t* penalty_starts;  // [R + 1]
+  const int32_t* penalty_ids;     // [P]
+  const int32_t* penalty_counts;  // [P]
+  const int32_t* bias_starts;     // [R + 1]
+  const int32_t* bias_ids;        // [X]
+  const float* bias_values;       // [X]
   int64_t R, V;
 };
 struct LogprobsArgs {

@@ -108,11 +108,21 @@ int32_t draw(const Row& row, uint64_t seed, int32_t position, bool greedy) {
   return int32_t(token);
 }
 
+void penalize(const cpu::SampleArgs& a, int64_t r, float* scores) {
+  for (int32_t i = a.penalty_starts[r]; i < a.penalty_starts[r + 1]; ++i) {
+    float score = scores[a.penalty_ids[i]];
+    score = score > 0 ? score / a.repetition[r] : score * a.repetition[r];
+    score -= a.frequency[r] * float(a.penalty_counts[i]);
+    scores[a.penalty_ids[i]] = a.penalty_counts[i] > 0 ? score - a.presence[r] : score;
+  }
+}
+
 void sample_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = *static_cast<const cpu::SampleArgs*>(args);
   for (int64_t r = begin; r < end; ++r) {
     Row row{a.scores + r * a.V, a.V, kDropped};
     std::memcpy(row.scores, a.logits + r * a.V, size_t(a.V) * 4);
+    penalize(a, r, row.scores);
     for (int32_t i = a.bias_starts[r]; i < a.bias_starts[r + 1]; ++i) row.scores[a.bias_ids[i]] += a.bias_values[i];
     const float temperature = a.temperature[r];
     if (temperature > 0) {

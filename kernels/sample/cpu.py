@@ -20,6 +20,12 @@ class Args(Structure):
         ("min_p", c_void_p),
         ("seeds", c_void_p),
         ("positions", c_void_p),
+        ("repetition", c_void_p),
+        ("frequency", c_void_p),
+        ("presence", c_void_p),
+        ("penalty_starts", c_void_p),
+        ("penalty_ids", c_void_p),
+        ("penalty_counts", c_void_p),
         ("bias_starts", c_void_p),
         ("bias_ids", c_void_p),
         ("bias_values", c_void_p),
@@ -42,6 +48,12 @@ def bind(library: Library) -> Callable[..., None]:
         min_p_R: Array,
         seeds_R: Array,
         positions_R: Array,
+        repetition_R: Array,
+        frequency_R: Array,
+        presence_R: Array,
+        penalty_starts: Array,
+        penalty_ids: Array,
+        penalty_counts: Array,
         bias_starts: Array,
         bias_ids: Array,
         bias_values: Array,
@@ -49,7 +61,8 @@ def bind(library: Library) -> Callable[..., None]:
         R, V = logits_RV.shape
         outs = (tokens_R, scores_RV)
         rows = (logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seeds_R, positions_R)
-        pointers = map(pointer, (*outs, *rows, bias_starts, bias_ids, bias_values))
-        call(Args(*pointers, R, V))
+        penalties = (repetition_R, frequency_R, presence_R)
+        lists = (penalty_starts, penalty_ids, penalty_counts, bias_starts, bias_ids, bias_values)
+        call(Args(*map(pointer, (*outs, *rows, *penalties, *lists)), R, V))
 
     return run

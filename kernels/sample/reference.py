@@ -15,16 +15,26 @@ def run(
     min_p_R: torch.Tensor,
     seeds_R: torch.Tensor,
     positions_R: torch.Tensor,
+    repetition_R: torch.Tensor,
+    frequency_R: torch.Tensor,
+    presence_R: torch.Tensor,
+    penalty_starts: torch.Tensor,
+    penalty_ids: torch.Tensor,
+    penalty_counts: torch.Tensor,
     bias_starts: torch.Tensor,
     bias_ids: torch.Tensor,
     bias_values: torch.Tensor,
 ) -> None:
     """See `kernels.sample`."""
-    R, V = logits_RV.shape
+    V = logits_RV.shape[1]
     scores_RV.copy_(logits_RV)
-    counts = (bias_starts[1:] - bias_starts[:-1]).long()
-    rows = torch.arange(R, device=counts.device).repeat_interleave(counts)
-    scores_RV.index_put_((rows, bias_ids.long()), bias_values, accumulate=True)
+    rows, ids = _rows(penalty_starts), penalty_ids.long()
+    scores, repetition = scores_RV[rows, ids], repetition_R[rows]
+    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = scores - frequency_R[rows] * penalty_counts.float()
+    scores_RV[rows, ids] = scores - torch.where(penalty_counts > 0, presence_R[rows], 0.0)
+    at = (_rows(bias_starts), bias_ids.long())
+    scores_RV.index_put_(at, bias_values, accumulate=True)
     greedy_R = temperature_R == 0
     tempered = scores_RV / temperature_R.where(~greedy_R, 1.0)[:, None]
     best, order = tempered.sort(dim=1, descending=True, stable=True)  # stable: ties to the lower id
@@ -44,6 +54,12 @@ def run(
     tokens_R.copy_(
         place.where(is_best, V).min(1).values
     )  # argmax does not say which of equals it takes
+
+
+def _rows(starts: torch.Tensor) -> torch.Tensor:
+    """The row of each entry of a list."""
+    counts = (starts[1:] - starts[:-1]).long()
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 def _gumbel(seeds_R: torch.Tensor, positions_R: torch.Tensor, V: int) -> torch.Tensor:

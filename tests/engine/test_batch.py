@@ -1,13 +1,17 @@
 """Chunks become the arrays that the program's inputs name."""
 
+from functools import partial
+
 import numpy as np
 
+from vivace.engine import batch as engine_batch
 from vivace.engine.batch import Batcher
 from vivace.engine.events import Pooling, Sampling
 from vivace.engine.request import Request
 from vivace.engine.scheduler import Chunk
 
 BLOCK = 4
+Batcher = partial(engine_batch.Batcher, vocab_size=100)
 
 
 def request(slot, tokens, blocks, *, num_computed=0, num_prompt=None, pooling=None, **sampling):
@@ -93,7 +97,7 @@ def test_stop_tokens_are_forbidden_until_min_tokens_are_there():
     late = request(
         1, range(6), [2, 3], num_prompt=4, num_computed=5, min_tokens=2, stop_token_ids=(8, 9)
     )
-    rows = Batcher(2, 4, BLOCK).build([Chunk(late, 1), Chunk(early, 1)]).sampling
+    rows = Batcher(2, 4, BLOCK).build([Chunk(late, 1), Chunk(early, 1)]).sampling.adjustments
     assert rows.bias_starts.tolist() == [0, 0, 2]
     assert rows.bias_ids.tolist() == [8, 9]
     assert np.isneginf(rows.bias_values).all()

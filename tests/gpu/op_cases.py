@@ -218,6 +218,12 @@ def _sampler_cases(rng: np.random.Generator, R: int, V: int) -> Iterator[OpCase]
         rng.choice([0.0, 0.05], R).astype(np.float32),  # min_p
         rng.integers(-(2**62), 2**62, R).astype(np.int64),  # seeds
         _ints(rng, 500, R),  # positions
+        rng.choice([1.0, 1.3], R).astype(np.float32),  # repetition
+        rng.choice([0.0, 0.5], R).astype(np.float32),  # frequency
+        rng.choice([0.0, -1.0], R).astype(np.float32),  # presence
+        2 * np.arange(R + 1, dtype=np.int32),  # two penalized tokens a row
+        np.stack((_ints(rng, V // 2, R), V // 2 + _ints(rng, V // 2, R)), axis=1).ravel(),
+        _ints(rng, 4, 2 * R),  # counts
         np.arange(R + 1, dtype=np.int32),  # one biased token a row
         _ints(rng, V, R),
         rng.choice([1.5, -np.inf], R).astype(np.float32),

@@ -113,7 +113,7 @@ def test_a_library_of_another_abi_is_refused(tmp_path):
     source, path = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int vivace_abi(void) { return 99; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
-    with pytest.raises(ImportError, match="has ABI 99, this package needs 2"):
+    with pytest.raises(ImportError, match="has ABI 99, this package needs 3"):
         Library(threads=1, path=path)
 
 

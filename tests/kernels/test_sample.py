@@ -4,6 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
@@ -22,18 +26,25 @@ def sample(
     min_p=0.0,
     seeds=None,
     positions=None,
+    repetition=1.0,
+    frequency=0.0,
+    presence=0.0,
+    penalized=(),
     bias=(),
 ):
-    """Tokens and scores. `bias` is (row, token, value) in row order."""
+    """Tokens and scores. `penalized` is (row, token, count), `bias` (row, token, value), both in row order."""
     logits = np.atleast_2d(np.float32(logits))
     R, V = logits.shape
 
     def column(value, dtype):
         return np.broadcast_to(np.array(value, dtype), (R,)).copy()
 
-    starts = np.zeros(R + 1, np.int32)
-    for row, _, _ in bias:
-        starts[row + 1 :] += 1
+    def lists(entries, dtype):
+        rows = np.bincount([row for row, _, _ in entries], minlength=R)
+        starts = np.concatenate(([0], np.cumsum(rows))).astype(np.int32)
+        ids = np.int32([token for _, token, _ in entries])
+        return starts, ids, np.array([value for _, _, value in entries], dtype)
+
     return run(
         ops,
         "sample",
@@ -45,9 +56,11 @@ def sample(
         column(min_p, np.float32),
         np.arange(R, dtype=np.int64) if seeds is None else column(seeds, np.int64),
         column(5 if positions is None else positions, np.int32),
-        starts,
-        np.int32([token for _, token, _ in bias]),
-        np.float32([value for _, _, value in bias]),
+        column(repetition, np.float32),
+        column(frequency, np.float32),
+        column(presence, np.float32),
+        *lists(penalized, np.int32),
+        *lists(bias, np.float32),
     )
 
 
@@ -138,6 +151,112 @@ def test_a_bias_counts_before_everything_and_may_forbid(backend):
     assert scores[2].tolist() == [5, 9, 1] and np.isneginf(scores[0, 1])
     tokens, scores = sample(ops, [[1, 9, 2]] * 3, top_k=1, bias=bias)
     assert tokens.tolist() == [2, 1, 1]
+
+
+@each_backend
+def test_penalties_are_those_of_transformers_and_openai(backend):
+    """Repetition by transformers' own processor; mu - count * frequency - (count > 0) * presence, in fp64."""
+    rng = np.random.default_rng(6)
+    R, V = 8, 60
+    logits = (4 * rng.standard_normal((R, V))).astype(np.float32)
+    prompts = rng.integers(0, V, (R, 20))
+    replies = rng.integers(0, V, (R, 30))
+    repetition = rng.uniform(0.5, 2, R).astype(np.float32)
+    frequency, presence = rng.uniform(-2, 2, (2, R)).astype(np.float32)
+    counts = np.stack([np.bincount(reply, minlength=V) for reply in replies])
+    known = np.concatenate((prompts, replies), axis=1)
+    penalized = [(r, v, counts[r, v]) for r in range(R) for v in np.unique(known[r])]
+    _, scores = sample(
+        ops_of(backend),
+        logits,
+        repetition=repetition,
+        frequency=frequency,
+        presence=presence,
+        penalized=penalized,
+    )
+    for r in range(R):
+        processor = RepetitionPenaltyLogitsProcessor(float(repetition[r]))
+        want = processor(torch.tensor(known[r : r + 1]), torch.tensor(logits[r : r + 1]))[0]
+        want = want.double().numpy() - counts[r] * np.float64(frequency[r])
+        close(scores[r], want - (counts[r] > 0) * np.float64(presence[r]), 1e-6)
+
+
+@each_backend
+def test_penalties_come_before_the_bias_and_reach_greedy_rows(backend):
+    settings = {"penalized": [(0, 0, 2), (0, 1, 0)], "bias": [(0, 0, 0.5), (0, 2, 1.0)]}
+    tokens, scores = sample(
+        ops_of(backend),
+        [[8, 4, -1], [8, 4, -1]],
+        temperature=[0, 2],
+        repetition=2.0,
+        frequency=1.5,
+        presence=0.25,
+        **settings,
+    )
+    assert scores[0].tolist() == [8 / 2 - 2 * 1.5 - 0.25 + 0.5, 2, 0]
+    assert scores[1].tolist() == [4, 2, -0.5]  # no entry, no penalty
+    assert tokens[0] == 1
+
+
+@each_backend
+@pytest.mark.parametrize("repetition", [0.001, 10.0])
+def test_penalties_make_no_nan_of_zeros_and_infinities(backend, repetition):
+    penalized = [(0, token, 3) for token in range(4)]
+    settings = {"repetition": repetition, "frequency": -2.0, "presence": -2.0}
+    logits = [0.0, -0.0, -np.inf, 1.0]
+    _, scores = sample(ops_of(backend), logits, penalized=penalized, **settings)
+    assert scores[0].tolist() == pytest.approx([8, 8, -np.inf, 1 / repetition + 8])
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.001}],
+)
+def test_a_row_of_which_all_is_forbidden_gives_token_0(backend, settings):
+    """Between two that are well: they are drawn as if alone."""
+    logits = np.random.default_rng(7).standard_normal((3, 5)).astype(np.float32)
+    bias = [(1, token, -np.inf) for token in range(5)]
+    ops = ops_of(backend)
+    tokens, scores = sample(ops, logits, seeds=3, bias=bias, **settings)
+    assert tokens[1] == 0 and np.isneginf(scores[1]).all()
+    for r in (0, 2):
+        assert sample(ops, logits[r], seeds=3, **settings)[0] == tokens[r]
+
+
+FP32 = st.floats(-100, 100, width=32)
+
+
+@st.composite
+def adjusted_rows(draw):
+    """Logits with many ties and some -inf; any penalties and biases on them."""
+    R, V = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    logit = st.sampled_from([-np.inf, -3.0, -0.0, 0.0, 0.5, 3.0]) | FP32
+    row = st.lists(logit, min_size=V, max_size=V)
+    rows, token = st.integers(0, R - 1), st.integers(0, V - 1)
+    pairs = st.sets(st.tuples(rows, token), max_size=20).map(sorted)
+    penalized = [(*pair, draw(st.integers(0, 3000))) for pair in draw(pairs)]
+    bias = [(*pair, draw(st.just(-np.inf) | FP32)) for pair in draw(pairs)]
+    column = {
+        "temperature": st.just(0.0) | st.floats(0.001, 2),
+        "top_k": st.integers(0, V + 1),
+        "repetition": st.floats(0.001, 10),
+        "frequency": st.floats(-2, 2),
+        "presence": st.floats(-2, 2),
+        "seeds": st.integers(-(2**63), 2**63 - 1),
+    }
+    columns = {name: draw(st.lists(one, min_size=R, max_size=R)) for name, one in column.items()}
+    logits = draw(st.lists(row, min_size=R, max_size=R))
+    return logits, columns | {"penalized": penalized, "bias": bias}
+
+
+@given(adjusted_rows())
+def test_both_backends_adjust_to_the_last_bit(case):
+    logits, settings = case
+    ours, theirs = (sample(ops_of(one), logits, **settings) for one in BACKENDS)
+    assert np.array_equal(ours[0], theirs[0])
+    assert np.array_equal(ours[1], theirs[1])
+    assert not np.isnan(ours[1]).any()
 
 
 @each_backend
