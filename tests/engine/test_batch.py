@@ -143,7 +143,7 @@ def test_rows_that_are_only_pooled_come_last_and_have_no_logits():
         (mean, 2, [5, 6, 7]),
         (last, 3, [8]),
     ]
-    assert len(batch.sampling.seeds_R) == 5 and len(batch.sampling.bias_starts) == 6
+    assert len(batch.sampling.seeds_R) == 5 and len(batch.sampling.adjustments.bias_starts) == 6
 
 
 def test_a_step_of_pooled_rows_alone_and_one_of_none():
