@@ -188,7 +188,10 @@ def test_embeddings_that_come_together_share_what_they_can(tiny_qwen3):
     for i in range(3):
         engine.add(embedding_request(f"last {i}", (*prompt_of(40), i), Pooling.LAST), 0.0)
         engine.add(embedding_request(f"mean {i}", (*prompt_of(40, seed=1), i), Pooling.MEAN), 0.0)
-    cached = {name: one[-1].usage.cached_tokens for name, one in drain(engine).items()}
+    first = {event.request_id: event for event in engine.step(0.0)}
+    assert sorted(first) == ["last 0", "mean 0", "mean 1", "mean 2"]
+    ends = first | {name: event for name, [event] in drain(engine).items()}
+    cached = {name: event.usage.cached_tokens for name, event in ends.items()}
     assert [cached[f"last {i}"] for i in range(3)] == [0, 32, 32]
     assert [cached[f"mean {i}"] for i in range(3)] == [0, 0, 0]
 
