@@ -18,6 +18,7 @@ from vivace.engine.scheduler import Scheduler
 
 BLOCK_TOKENS = 16
 PROMPT_TOKENS = 64
+VOCAB_SIZE = 32_000
 WARM_UP = 32
 ROUND_STEPS = 16  # one block a request: each round contains each kind of step in its true share
 
@@ -32,7 +33,7 @@ class HostPath:
         config = SchedulerConfig(max_step_tokens=4096, max_running=num_requests)
         pool = BlockPool(blocks * num_requests + num_requests, prefix)
         self._scheduler = Scheduler(config, pool, prefix, block_tokens=BLOCK_TOKENS)
-        self._batcher = Batcher(num_requests, blocks, BLOCK_TOKENS, vocab_size=1024)
+        self._batcher = Batcher(num_requests, blocks, BLOCK_TOKENS, vocab_size=VOCAB_SIZE)
         sampling = Sampling(0.7, 40, 0.9, 0.0, 1, num_steps + 2, 0, (2,), None, None)
         for i in range(num_requests):
             prompt = [i + 3] * PROMPT_TOKENS

@@ -48,9 +48,7 @@ class _Counts:
         # Only the repetition penalty looks at the prompt.
         skipped = 0 if request.sampling.repetition_penalty != 1 else request.num_prompt_tokens
         known = np.unique(np.array(request.tokens[skipped:], np.int32))
-        room = min(
-            vocab_size, len(known) + request.sampling.max_tokens - request.num_generated
-        )
+        room = min(vocab_size, len(known) + request.sampling.max_tokens - request.num_generated)
         self._ids = np.empty(room, np.int32)
         self._counts = np.zeros(room, np.int32)
         self._ids[: len(known)] = known

@@ -10,10 +10,16 @@ from pathlib import Path
 from vivace.engine import core
 from vivace.engine.completion import Completion, TextEvent
 from vivace.engine.config import Config
-from vivace.engine.errors import ConfigError, InvalidRequest
+from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.models.generation_config import read_generation_defaults
-from vivace.engine.sampling import ModelLimits, SamplingParams, check_prompt, resolve
+from vivace.engine.sampling import (
+    ModelLimits,
+    SamplingParams,
+    check_prompt,
+    resolve,
+    resolve_replies,
+)
 from vivace.engine.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Sequence[int]]
@@ -120,6 +126,11 @@ class LLM:
             text, ids = None, _prompt_ids(prompt)
         check_prompt(ids, self._limits)
         sampling, rules = resolve(params, self._limits, len(ids))
+        if rules.echo or resolve_replies(params).best_of > 1:
+            raise Unimplemented(
+                f"echo, n and best_of are served over gRPC alone, got {params.echo}, {params.n} and "
+                f"{params.best_of}"
+            )
         request = EngineRequest(str(next(self._ids)), tuple(ids), sampling)
         return _Job(request, text, Completion(self._tokenizer, rules), [])
 

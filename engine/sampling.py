@@ -4,10 +4,9 @@
 and the text layer's `TextRules`, with the checkpoint's defaults filled in, or says which field is wrong.
 """
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from vivace.engine.errors import InvalidRequest, Unimplemented
 from vivace.engine.events import Sampling
@@ -16,7 +15,51 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
-MAX_TEMPERATURE = 2.0
+MAX_LOGIT_BIASES = 1024
+MAX_REPLIES = 64
+MAX_SHOWN_CHARS = 80  # of a value, in what is said of it
+LEAST_TOP_P = 1e-30  # less of any distribution is the best token alone too, and fp32 would have 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The numbers that a field takes: from `low` to `high`, and 0 where `or_zero`."""
+
+    low: float
+    high: float
+    or_zero: bool = False
+    above_low: bool = False  # `low` itself is none of them
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        inside = self.low <= value <= self.high  # a NaN is inside of nothing
+        return (inside and not (self.above_low and value == self.low)) or (
+            self.or_zero and value == 0
+        )
+
+    def __str__(self) -> str:
+        span = f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+        return f"0 or {span}" if self.or_zero else span
+
+    def value(
+        self, name: str, value: float | None, default: float | None, otherwise: float
+    ) -> float:
+        """`value`, else the checkpoint's, else the engine's. Raises InvalidRequest naming the field."""
+        if value is None:
+            value = otherwise if default is None else default
+        if value not in self:
+            raise InvalidRequest(f"{name} must be {self}, got {_shown(value)}")
+        return float(value)
+
+
+# The least are far from where fp32 ends: what logits become, divided by them, stays finite.
+TEMPERATURE = Span(0.001, 2, or_zero=True)
+REPETITION_PENALTY = Span(0.001, 10)
+TOP_P = Span(0, 1, above_low=True)
+MIN_P = Span(0, 1)
+PENALTY = Span(-2, 2)
+LOGIT_BIAS = Span(-100, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +80,21 @@ class SamplingParams:
     skip_special_tokens: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    # Known, and refused while they are not served:
+    prompt_logprobs_start: int | None = None  # the first of the prompt's places that is wanted
     n: int | None = None
-    best_of: int | None = None
+    best_of: int | None = None  # unset: n
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
+    allowed_token_ids: Sequence[int] | None = None  # unset or empty: all
+    bad_token_ids: Sequence[int] | None = None
+    echo: bool | None = None
+    # Known, and refused while it is not served:
     bad_words: Sequence[str] | None = None
 
 
-NEUTRAL = {  # values of unserved fields that ask for nothing
-    "n": 1,
-    "best_of": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-}
-UNSERVED = (*NEUTRAL, "logit_bias", "allowed_token_ids", "bad_words")
+UNSERVED = ("bad_words",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +105,7 @@ class GenerationDefaults:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     eos_token_ids: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()  # fields that change the output and are not applied
 
@@ -113,11 +153,18 @@ def check_prompt(
     check_token_ids(name, token_ids, limits)
 
 
+def resolve_replies(params: SamplingParams) -> Replies:
+    """Check `n` and `best_of`. Raises InvalidRequest."""
+    n = _whole("n", params.n, 1, 1, MAX_REPLIES)
+    return Replies(n, _whole("best_of", params.best_of, n, n, MAX_REPLIES))
+
+
 def resolve(
     params: SamplingParams, limits: ModelLimits, num_prompt_tokens: int
 ) -> tuple[Sampling, TextRules]:
     """Fill in defaults and check every field. Raises InvalidRequest or Unimplemented naming field and value."""
     _refuse_unserved(params)
+    resolve_replies(params)
     defaults = limits.defaults
     room = limits.max_context_tokens - num_prompt_tokens
     max_tokens = _whole("max_tokens", params.max_tokens, room, 1, None)
@@ -126,56 +173,93 @@ def resolve(
         raise InvalidRequest(
             f"min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}"
         )
-    stop_ids = tuple(params.stop_token_ids or ())
-    if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequest(
-            f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(stop_ids)}"
-        )
-    check_token_ids("stop_token_ids", stop_ids, limits)
-    if not params.ignore_eos:
-        stop_ids = tuple(dict.fromkeys((*stop_ids, *defaults.eos_token_ids)))
+    top_p = TOP_P.value("top_p", params.top_p, defaults.top_p, 1.0)
     sampling = Sampling(
-        temperature=_real("temperature", params.temperature, defaults.temperature, 1.0, "[0, 2]"),
+        temperature=TEMPERATURE.value("temperature", params.temperature, defaults.temperature, 1.0),
         top_k=_whole("top_k", params.top_k, defaults.top_k or 0, 0, 2**31 - 1),
-        top_p=_real("top_p", params.top_p, defaults.top_p, 1.0, "(0, 1]"),
-        min_p=_real("min_p", params.min_p, defaults.min_p, 0.0, "[0, 1]"),
+        top_p=max(top_p, LEAST_TOP_P),
+        min_p=MIN_P.value("min_p", params.min_p, defaults.min_p, 0.0),
         seed=_seed(params.seed),
         max_tokens=min(max_tokens, room),
         min_tokens=min(min_tokens, room),
-        stop_token_ids=stop_ids,
+        stop_token_ids=_stop_token_ids(params, limits),
         logprobs=check_logprobs("logprobs", params.logprobs, limits),
         prompt_logprobs=check_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
+        prompt_logprobs_start=_prompt_logprobs_start(params, num_prompt_tokens),
+        repetition_penalty=REPETITION_PENALTY.value(
+            "repetition_penalty", params.repetition_penalty, defaults.repetition_penalty, 1.0
+        ),
+        frequency_penalty=PENALTY.value("frequency_penalty", params.frequency_penalty, None, 0.0),
+        presence_penalty=PENALTY.value("presence_penalty", params.presence_penalty, None, 0.0),
+        logit_bias=_logit_bias(params.logit_bias, limits),
+        allowed_token_ids=_token_ids("allowed_token_ids", params.allowed_token_ids, limits),
+        bad_token_ids=_token_ids("bad_token_ids", params.bad_token_ids, limits),
     )
+    _check_some_token_is_left(sampling, limits.vocab_size)
     rules = TextRules(
         stop=_stop_strings(params.stop),
         include_stop=bool(params.include_stop_str_in_output),
         skip_special_tokens=params.skip_special_tokens is not False,
         min_tokens=min_tokens,
+        echo=bool(params.echo),
     )
     return sampling, rules
 
 
 def _refuse_unserved(params: SamplingParams) -> None:
-    names = [field.name for field in fields(params) if field.name in UNSERVED]
-    for name in names:
+    for name in UNSERVED:
         value = getattr(params, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidRequest(f"{name} must be finite, got {value}")
-        if value is not None and value != NEUTRAL.get(name):
+        if value is not None:
             raise Unimplemented(f"{name} is not served by this version (got {value!r})")
 
 
-def _real(
-    name: str, value: float | None, default: float | None, otherwise: float, span: str
-) -> float:
-    """`value`, else the checkpoint's, else the engine's; inside `span`, which is written as people write intervals."""
-    if value is None:
-        value = otherwise if default is None else default
-    low, high = (float(end) for end in span[1:-1].split(","))
-    inside = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not inside or (span[0] == "(" and value == low):  # a NaN is inside of nothing
-        raise InvalidRequest(f"{name} must be in {span}, got {value!r}")
-    return float(value)
+def _stop_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int, ...]:
+    ids = _token_ids("stop_token_ids", params.stop_token_ids, limits, MAX_STOP_TOKEN_IDS)
+    return (
+        ids if params.ignore_eos else tuple(dict.fromkeys((*ids, *limits.defaults.eos_token_ids)))
+    )
+
+
+def _prompt_logprobs_start(params: SamplingParams, num_prompt_tokens: int) -> int:
+    start = _whole(
+        "prompt_logprobs_start", params.prompt_logprobs_start, 0, 0, num_prompt_tokens - 1
+    )
+    if params.prompt_logprobs_start is not None and params.prompt_logprobs is None:
+        raise InvalidRequest(f"prompt_logprobs_start needs prompt_logprobs, got {start}")
+    return max(start, 1)  # nothing predicts the first token
+
+
+def _logit_bias(
+    bias: Mapping[int, float] | None, limits: ModelLimits
+) -> tuple[tuple[int, float], ...]:
+    if bias is None:
+        return ()
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, got {_shown(bias)}")
+    _token_ids("logit_bias", tuple(bias), limits, MAX_LOGIT_BIASES)
+    return tuple(
+        (token_id, LOGIT_BIAS.value(f"logit_bias[{token_id}]", value, None, 0.0))
+        for token_id, value in bias.items()
+    )
+
+
+def _check_some_token_is_left(sampling: Sampling, vocab_size: int) -> None:
+    """Raise InvalidRequest if a step of the request could not draw anything."""
+    allowed, bad = set(sampling.allowed_token_ids), set(sampling.bad_token_ids)
+
+    def is_none_left(forbidden: set[int]) -> bool:
+        return allowed <= forbidden if allowed else len(forbidden) == vocab_size
+
+    if is_none_left(bad):
+        raise InvalidRequest(
+            "allowed_token_ids and bad_token_ids must leave a token to draw, "
+            f"got {len(allowed) or 'no'} allowed and {len(bad)} bad"
+        )
+    if sampling.min_tokens and is_none_left(bad.union(sampling.stop_token_ids)):
+        raise InvalidRequest(
+            "min_tokens must be 0 where allowed_token_ids and bad_token_ids leave only tokens that "
+            f"stop, got {sampling.min_tokens}"
+        )
 
 
 def _whole(name: str, value: int | None, default: int, low: int, high: int | None) -> int:
@@ -226,14 +310,31 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return strings
 
 
+def _token_ids(
+    name: str, token_ids: Sequence[int] | None, limits: ModelLimits, most: int | None = None
+) -> tuple[int, ...]:
+    """Each once. At most `most`, by default as many as there are."""
+    if token_ids is None:
+        return ()
+    if not isinstance(token_ids, Sequence):
+        raise InvalidRequest(f"{name} must be a list of token ids, got {_shown(token_ids)}")
+    most = limits.vocab_size if most is None else most
+    if len(token_ids) > most:
+        raise InvalidRequest(f"{name} must hold at most {most} ids, got {len(token_ids)}")
+    check_token_ids(name, token_ids, limits)
+    return tuple(dict.fromkeys(token_ids))
+
+
 def check_token_ids(name: str, token_ids: Sequence[int], limits: ModelLimits) -> None:
     """Raise InvalidRequest unless all are in the vocabulary."""
     for token_id in token_ids:
-        if (
-            isinstance(token_id, bool)
-            or not isinstance(token_id, int)
-            or not 0 <= token_id < limits.vocab_size
-        ):
+        if type(token_id) is not int or not 0 <= token_id < limits.vocab_size:
             raise InvalidRequest(
-                f"{name} must hold whole numbers in 0..{limits.vocab_size - 1}, got {token_id!r}"
+                f"{name} must hold whole numbers in 0..{limits.vocab_size - 1}, "
+                f"got {_shown(token_id)}"
             )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."

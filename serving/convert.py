@@ -23,9 +23,10 @@ SAMPLING = (
     "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
 RESPONSE = (
-    "logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens",
+    "logprobs", "prompt_logprobs", "prompt_logprobs_start", "include_stop_str_in_output",
+    "skip_special_tokens", "echo",
 )  # fmt: skip
-LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_token_ids", "bad_words")
 CONVERSATION = {"messages", "continue_final_message", "add_generation_prompt", "template_variables"}
 CALL = {"request_id", "model", "sampling", "response", "options"}
 SERVED = {  # message -> its fields that are read; any other field that is set is refused
@@ -190,6 +191,7 @@ def model_info(
             top_p=1.0 if defaults.top_p is None else defaults.top_p,
             top_k=defaults.top_k or 0,
             min_p=defaults.min_p or 0.0,
+            repetition_penalty=defaults.repetition_penalty or 1.0,
         ),
     )
 

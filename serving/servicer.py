@@ -19,13 +19,13 @@ from vivace.engine.errors import EngineError, InvalidRequest, Overloaded
 from vivace.engine.events import EngineRequest, Pooling
 from vivace.engine.replies import stream_replies
 from vivace.engine.sampling import (
-    Replies,
     TextRules,
     check_count,
     check_logprobs,
     check_prompt,
     check_token_ids,
     resolve,
+    resolve_replies,
 )
 from vivace.serving import convert
 from vivace.serving.convert import optional
@@ -298,7 +298,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         check_prompt(token_ids, model.limits)
         params = convert.sampling_params(request)
         sampling, rules = resolve(params, model.limits, len(token_ids))
-        replies = Replies()
+        replies = resolve_replies(params)
         wanted = EngineRequest(
             running.id,
             tuple(token_ids),

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from vivace.engine.models.json_fields import Fields, read_fields
-from vivace.engine.sampling import GenerationDefaults
+from vivace.engine.sampling import (
+    MIN_P,
+    REPETITION_PENALTY,
+    TEMPERATURE,
+    TOP_P,
+    GenerationDefaults,
+    Span,
+)
 
 
 def read_generation_defaults(directory: Path) -> GenerationDefaults:
@@ -25,10 +32,11 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
     )
     top_k = fields.whole("top_k", low=-1) if "top_k" in fields else None
     return GenerationDefaults(
-        temperature=_in_span(fields, "temperature", 0, 2),
-        top_p=_in_span(fields, "top_p", 0, 1, above=True),
+        temperature=_in_span(fields, "temperature", TEMPERATURE),
+        top_p=_in_span(fields, "top_p", TOP_P),
         top_k=0 if top_k == -1 else top_k,  # two ways to write "all"
-        min_p=_in_span(fields, "min_p", 0, 1),
+        min_p=_in_span(fields, "min_p", MIN_P),
+        repetition_penalty=_in_span(fields, "repetition_penalty", REPETITION_PENALTY),
         eos_token_ids=tuple(dict.fromkeys(eos)),
         ignored=tuple(
             key for key, neutral in NOT_APPLIED.items() if _differs(fields, key, neutral)
@@ -39,7 +47,6 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
 # Fields of generation_config.json that change what is generated and are not applied, with the value
 # that asks for nothing.
 NOT_APPLIED: Mapping[str, Any] = {
-    "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "typical_p": 1,
@@ -67,14 +74,11 @@ def _differs(fields: Fields, key: str, neutral: Any) -> bool:
     return key in fields and fields.raw(key) not in (neutral, [], {})
 
 
-def _in_span(
-    fields: Fields, key: str, low: float, high: float, *, above: bool = False
-) -> float | None:
-    """A number in low..high (above: past low), None if absent."""
+def _in_span(fields: Fields, key: str, span: Span) -> float | None:
+    """A number in the span, None if absent."""
     value = fields.raw(key)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (above and value == low):
-        raise fields.refuse(key, f"it must be in {'(' if above else '['}{low}, {high}]")
+    if value not in span:
+        raise fields.refuse(key, f"it must be {span}")
     return float(value)

@@ -3,10 +3,10 @@
 In this order (that of transformers), in fp32: scores = logits. Each token of the row's penalty list, which names it once,
 with its count in the reply (0: it is in the prompt alone): score / repetition if score > 0, else score * repetition; then
 score - frequency * count; then score - presence if count > 0. scores += bias. Temperature 0 makes the row greedy and skips
-the rest; scores /= temperature; top-k keeps the k best (0: all); top-p keeps the shortest run of the best whose probability, among
-what top-k kept, reaches p (1: all); min-p drops those under p times the best one's probability (0: none). "Best" is by
-score, ties to the lower id; at least one token stays. Dropped scores are -inf. What is -inf before stays so through all of
-this; a row of which every score is -inf gives token 0, at any temperature.
+the rest; scores /= temperature; top-k keeps the k best (0: all); top-p keeps the shortest run of the best whose probability,
+among what top-k kept, reaches p (1: all); min-p drops those under p times the best one's probability (0: none). "Best" is
+by score, ties to the lower id; at least one token stays. Dropped scores are -inf. What is -inf before stays so through all
+of this; a row of which every score is -inf gives token 0, at any temperature.
 
 The token is argmax(scores + g), ties to the lower id, g = -log(-log(u)): a draw from softmax(scores) (Gumbel-max,
 arXiv:1411.0030). u = ((x >> 11) + 0.5) * 2^-53 with, in 64-bit unsigned arithmetic and mix = the finalizer of SplitMix64

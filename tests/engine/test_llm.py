@@ -133,13 +133,14 @@ def test_nothing_is_written_to_stdout(llm, capfd):
         ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt must hold.*1000000000"),
         ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "at most \\d+ tokens"),
         ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
+        ({"prompt_token_ids": [3]}, {"n": 2}, Unimplemented, "n and best_of are served over gRPC"),
+        ({"prompt_token_ids": [3]}, {"echo": True}, Unimplemented, "echo.*True"),
         (
             {"prompt_token_ids": [3]},
             {"temperature": float("nan")},
             InvalidRequest,
             "temperature.*nan",
         ),
-        ({"prompt_token_ids": [3]}, {"n": 2}, Unimplemented, "n is not served"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(llm, prompt, params, error, words):

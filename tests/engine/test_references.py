@@ -62,9 +62,8 @@ def test_the_sampler_settings_give_the_reference_distributions(shared_data):
     llm = LLM(directory)
     row = next(row for row in rows_of(shared_data, "stories260K") if row.get("next_token_dists"))
     for one in row["next_token_dists"]:
-        if one["repetition_penalty"] != 1:
-            continue
-        settings = {name: one[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        settings = {name: one[name] for name in names}
         params = [SamplingParams(**settings, max_tokens=1, seed=seed) for seed in range(1500)]
         prompts = [{"prompt_token_ids": row["prompt_ids"]}] * len(params)
         drawn = [result.outputs[0].token_ids[0] for result in llm.generate(prompts, params)]

@@ -24,6 +24,9 @@ NORM = {"num_kv_heads": 2, "eps": 1e-6}
 ROUTE = (f(2, 3), i(2, 3), f(2, 12))
 SOFTMAX = {"scoring": "softmax", "renormalize": True}
 EXPERTS = (f(2, 3, 5), f(2, 7), i(2, 3), f(4, 5, 7))
+SAMPLE = (i(2), f(2, 5), f(2, 5), f(2), i(2), f(2), f(2), np.zeros(2, np.int64), i(2))
+NO_PENALTY = (f(2), f(2), f(2), i(3), i(0), i(0))
+NO_BIAS = (i(3), i(0), f(0))
 REFUSED = [
     ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
     ("linear", (f(2, 5), f(2, 4), f(5, 4), i(5)), {}, "bias must hold float32"),
@@ -63,6 +66,11 @@ REFUSED = [
     ("expert_linear", (EXPERTS[0], f(3, 7), *EXPERTS[2:]), {}, r"x must be \[2, 7\]"),
     ("expert_linear", (*EXPERTS[:2], f(2, 3), EXPERTS[3]), {}, "experts must hold int32"),
     ("expert_linear", (*EXPERTS, f(5)), {}, r"bias must be \[4, 5\], got \[5\]"),
+    ("sample", (*SAMPLE, *NO_PENALTY, i(3), i(2), f(3)), {}, r"bias_values must be \[2\], got \[3\]"),
+    ("sample", (*SAMPLE, *NO_PENALTY, i(2), i(0), f(0)), {}, r"bias_starts must be \[3\]"),
+    ("sample", (*SAMPLE, f(2), f(2), f(3), i(3), i(0), i(0), *NO_BIAS), {}, r"presence must be \[2\]"),
+    ("sample", (*SAMPLE, *[f(2)] * 3, i(3), i(2), i(1), *NO_BIAS), {}, r"penalty_counts must be \[2\]"),
+    ("sample", (*SAMPLE, *[f(2)] * 3, i(3), i(2), f(2), *NO_BIAS), {}, "penalty_counts must hold int32"),
     ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 4)), {}, r"weights must be \[2, 3\]"),
     ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 3), f(2, 4)), {}, r"shared must be \[2, 5\]"),
     ("moe_combine", (f(2, 5), f(2, 3, 5), f(2, 3), f(2, 5), f(2)), {}, r"shared_gate must be \[2, 1\]"),

@@ -43,6 +43,20 @@ def test_generate_gives_logprobs_and_prompt_logprobs(client):
     assert sum(len(event.prompt_logprobs) for event in events) > 10
 
 
+def test_what_adjusts_logits_reaches_the_sampler(client):
+    def draw(**params):
+        events = client.generate(PROMPT, max_tokens=6, ignore_eos=True, seed=1, **params)
+        return [token for event in events for token in event.token_ids]
+
+    assert draw(logit_bias={300: 100.0}) == [300] * 6
+    assert set(draw(allowed_token_ids=[300, 301], bad_token_ids=[300])) == {301}
+    settings = {"repetition_penalty": 1.5, "presence_penalty": 2.0, "frequency_penalty": 1.0}
+    want = SamplingParams(max_tokens=6, ignore_eos=True, seed=1, **settings)
+    tokens = LLM(MODEL).generate(PROMPT, want)[0].outputs[0].token_ids
+    assert draw(**settings) == list(tokens)
+    assert len(set(draw(allowed_token_ids=[300, 301, 302], temperature=0, **settings))) == 3
+
+
 def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(client):
     def draw():
         events = client.generate(PROMPT, temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
@@ -68,7 +82,15 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(client):
         ({"top_p": 0.0}, grpc.StatusCode.INVALID_ARGUMENT, ("top_p", "0.0")),
         ({"top_k": -1}, grpc.StatusCode.INVALID_ARGUMENT, ("top_k", "-1")),
         ({"stop_token_ids": [4096]}, grpc.StatusCode.INVALID_ARGUMENT, ("stop_token_ids", "4096")),
-        ({"n": 2}, grpc.StatusCode.UNIMPLEMENTED, ("n", "2")),
+        ({"temperature": 5e-324}, grpc.StatusCode.INVALID_ARGUMENT, ("temperature", "5e-324")),
+        ({"n": 65}, grpc.StatusCode.INVALID_ARGUMENT, ("n", "1..64", "65")),
+        (
+            {"logit_bias": {5: 1e9}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            ("logit_bias[5]", "1000000000"),
+        ),
+        ({"bad_token_ids": [-1]}, grpc.StatusCode.INVALID_ARGUMENT, ("bad_token_ids", "-1")),
+        ({"bad_words": ["x"]}, grpc.StatusCode.UNIMPLEMENTED, ("bad_words", "x")),
         ({"model": "another"}, grpc.StatusCode.NOT_FOUND, ("another",)),
     ],
 )

@@ -28,11 +28,13 @@ def test_generation_defaults_and_the_end_tokens_of_both_files(write):
         "top_p": 0.9,
         "top_k": 20,
         "min_p": 0.05,
+        "repetition_penalty": 1.1,
         "do_sample": False,
         "eos_token_id": [255, 257, 259],
     }
     got = read_generation_defaults(write(settings))
     assert (got.temperature, got.top_p, got.top_k, got.min_p) == (0.7, 0.9, 20, 0.05)
+    assert got.repetition_penalty == 1.1
     assert (got.eos_token_ids, got.ignored) == ((255, 257, 259), ())
 
 
@@ -44,9 +46,9 @@ def test_without_a_generation_config_only_the_end_token_is_set(tmp_path):
 
 
 def test_fields_that_are_not_applied_are_named(write):
-    settings = {"repetition_penalty": 1.1, "num_beams": 1, "typical_p": 1.0, "suppress_tokens": [3]}
+    settings = {"no_repeat_ngram_size": 2, "num_beams": 1, "typical_p": 1.0, "suppress_tokens": [3]}
     got = read_generation_defaults(write(settings))
-    assert got.ignored == ("repetition_penalty", "suppress_tokens")
+    assert got.ignored == ("no_repeat_ngram_size", "suppress_tokens")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,10 @@ def test_fields_that_are_not_applied_are_named(write):
     [
         {"temperature": -1},
         {"temperature": "hot"},
+        {"temperature": 1e-9},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 11.0},
+        {"repetition_penalty": [1.1]},
         {"top_p": 0},
         {"top_p": float("nan")},
         {"top_k": -2},
