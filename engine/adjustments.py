@@ -113,23 +113,25 @@ class Adjustments:
         neutral = self._nothing(num_rows)
         repetition_R, frequency_R = neutral.repetition_R.copy(), neutral.frequency_R.copy()
         presence_R = neutral.presence_R.copy()
-        penalties = [(_NO_IDS, _NO_IDS)] * num_rows
-        biases = [_NO_BIAS] * num_rows
+        num_penalties, num_biases = np.zeros((2, num_rows), np.int32)
+        penalties, biases = [(_NO_IDS, _NO_IDS)], [_NO_BIAS]
         for row, (request, adjustment) in enumerate(zip(requests, found, strict=True)):
             if adjustment is not None:
                 repetition_R[row] = request.sampling.repetition_penalty
                 frequency_R[row] = request.sampling.frequency_penalty
                 presence_R[row] = request.sampling.presence_penalty
-                penalties[row] = adjustment.penalties(request)
-                biases[row] = adjustment.bias(request)
+                penalties.append(adjustment.penalties(request))
+                num_penalties[row] = len(penalties[-1][0])
+                biases.append(adjustment.bias(request))
+                num_biases[row] = len(biases[-1].ids)
         return AdjustmentRows(
             repetition_R=repetition_R,
             frequency_R=frequency_R,
             presence_R=presence_R,
-            penalty_starts=_starts([ids for ids, _ in penalties]),
+            penalty_starts=_starts(num_penalties),
             penalty_ids=np.concatenate([ids for ids, _ in penalties]),
             penalty_counts=np.concatenate([counts for _, counts in penalties]),
-            bias_starts=_starts([bias.ids for bias in biases]),
+            bias_starts=_starts(num_biases),
             bias_ids=np.concatenate([bias.ids for bias in biases]),
             bias_values=np.concatenate([bias.values for bias in biases]),
         )
@@ -195,7 +197,7 @@ def _concatenated(first: _Bias, second: _Bias) -> _Bias:
     )
 
 
-def _starts(lists: Sequence[Array]) -> Array:
-    starts = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum([len(ids) for ids in lists], out=starts[1:])
+def _starts(counts: Array) -> Array:
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
     return starts

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 
 from vivace.engine import batch as engine_batch
-from vivace.engine.batch import Batcher
 from vivace.engine.events import Pooling, Sampling
 from vivace.engine.request import Request
 from vivace.engine.scheduler import Chunk
