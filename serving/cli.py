@@ -1,25 +1,16 @@
 """`vivace serve`, `generate`, `chat`. Parses words, prints text; decides nothing else."""
 
 import argparse
-import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vivace.engine.errors import ArtifactError, ConfigError, EngineError
 
 TARGET = "127.0.0.1:50051"
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-SAMPLING = {  # flag -> (type, help)
-    "max-tokens": (int, "most tokens to generate; default: up to the context"),
-    "min-tokens": (int, "fewest tokens before a stop"),
-    "temperature": (float, "0 takes the best token; default: the checkpoint's"),
-    "top-p": (float, "keep the best tokens that have this much of the probability"),
-    "top-k": (int, "keep so many of the best tokens; 0: all"),
-    "min-p": (float, "drop tokens under this share of the best one's probability"),
-    "seed": (int, "the same seed gives the same text"),
-}
 
 
 class RequestFailed(EngineError):
@@ -72,41 +63,111 @@ def _serve(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="vivace generate", description="Continue a text.")
-    parser.add_argument("prompt")
+    from vivace.serving import sampling_flags
+
+    parser = argparse.ArgumentParser(
+        prog="vivace generate",
+        description="Continue a text, or each line of a file.",
+        epilog="A line of FILE is a prompt; one that begins with { is JSON with prompt or messages, and parameters by "
+        "the API's names, which go before the flags. What comes of it is a line of JSON.",
+    )
+    parser.add_argument("prompt", nargs="?", help="a text to continue")
+    parser.add_argument("--input", metavar="FILE", help="or a file of prompts; - is stdin")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write JSON lines there; - is stdout (default with --input)",
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=16, help="lines asked at a time (default: %(default)s)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
-    where.add_argument("--model", type=Path, help="or a checkpoint, loaded in this process")
-    _add_sampling(parser)
+    where.add_argument("--model", type=Path, help="or a checkpoint, loaded for this command alone")
+    _add_name(parser)
+    sampling_flags.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.model is not None:
-        return _generate_here(args)
+    if (args.prompt is None) == (args.input is None):
+        parser.error("one of PROMPT and --input must be given")
+    if args.concurrency < 1:
+        parser.error(f"--concurrency must be at least 1, got {args.concurrency}")
+    params = sampling_flags.from_flags(args) | _named(args)
     from vivace.serving.client import Client
 
-    with Client(args.target) as client:
-        print(args.prompt, end="", flush=True)
-        _print_stream(client.generate(args.prompt, **_sampling(args)))
+    with ExitStack() as stack:
+        target = args.target
+        if args.model is not None:
+            if not args.model.is_dir():
+                raise ArtifactError(f"{args.model} is not a folder")
+            from vivace.serving import private
+
+            target = stack.enter_context(private.serving(args.model, _progress_bar()))
+        client = stack.enter_context(Client(target))
+        if args.input is None and args.output is None:
+            return _continue(client, args.prompt, params)
+        return _generate_lines(client, args, params)
+
+
+def _continue(client: Any, prompt: str, params: dict[str, Any]) -> int:
+    """Show one prompt and its reply as it comes; further ones of `n` once all have ended."""
+    others: dict[int, str] = {}
+
+    def of_first() -> Iterator[str]:
+        for event in client.generate(prompt, **params):
+            if event.index:
+                others[event.index] = others.get(event.index, "") + event.text
+            else:
+                yield event.text
+
+    head = "" if params.get("echo") else prompt
+    print(head, end="", flush=True)
+    try:
+        with _refusals():
+            _show(of_first(), [])
+    finally:
+        print(flush=True)
+    for _, text in sorted(others.items()):
+        print(f"\n{head}{text}")
     return 0
 
 
-def _generate_here(args: argparse.Namespace) -> int:
-    from vivace.engine.llm import LLM
-    from vivace.engine.sampling import SamplingParams
+def _generate_lines(client: Any, args: argparse.Namespace, params: dict[str, Any]) -> int:
+    from vivace.serving import prompt_lines
 
-    [result] = LLM(args.model).generate([args.prompt], SamplingParams(**_sampling(args)))
-    print(args.prompt + result.outputs[0].text)
-    return 0
+    with ExitStack() as stack:
+        out: TextIO = sys.stdout
+        if args.output not in (None, "-"):
+            out = stack.enter_context(Path(args.output).open("w", encoding="utf-8"))
+        elif isinstance(out, TextIOWrapper):
+            out.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale
+        if args.input is None:
+            items = iter([prompt_lines.Item(0, {"prompt": args.prompt}, params)])
+        elif args.input == "-":
+            items = prompt_lines.read_items(sys.stdin.buffer, params)
+        else:
+            lines = stack.enter_context(Path(args.input).open("rb"))
+            items = prompt_lines.read_items(lines, params)
+        return int(prompt_lines.run(client, items, out, concurrency=args.concurrency) > 0)
 
 
 def _chat(argv: list[str]) -> int:
+    from vivace.serving import sampling_flags
+
     parser = argparse.ArgumentParser(
         prog="vivace chat",
-        description="Talk to a server. Ctrl-C ends a reply, Ctrl-D the conversation.",
+        description="Talk to a server. Ctrl-C ends a reply, of which the model remembers what was shown; "
+        "Ctrl-D ends the conversation.",
     )
     parser.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
+    _add_name(parser)
     parser.add_argument("--system", help="the system message: text, or the path of a file with it")
-    _add_sampling(parser)
+    sampling_flags.add_flags(
+        parser, without=("n", "best_of", "echo", "logprobs", "prompt_logprobs")
+    )
     args = parser.parse_args(argv)
+    params = sampling_flags.from_flags(args) | _named(args)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives `input` a history
     from vivace.serving.client import Client
 
     messages: list[dict[str, str]] = []
@@ -117,13 +178,14 @@ def _chat(argv: list[str]) -> int:
         while (line := _ask()) is not None:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                reply = _print_stream(client.chat(asked, **_sampling(args)))
+                reply = _reply(client, asked, params)
             except RequestFailed as error:  # what was said before is not lost
                 print(f"vivace: error: {error}", file=sys.stderr)
                 status = 1
-            else:
+                continue
+            status = 0
+            if reply:  # a turn that was cancelled before its first word was not said
                 messages = [*asked, {"role": "assistant", "content": reply}]
-                status = 0
     return status
 
 
@@ -131,54 +193,54 @@ def _ask() -> str | None:
     """The next line somebody types; None at the end."""
     try:
         return input("> ")
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
+    except (EOFError, KeyboardInterrupt):
         print()
         return None
 
 
-def _print_stream(stream: Any) -> str:
-    """Print a reply as it comes; Ctrl-C hangs up. Returns what was shown. Raises RequestFailed."""
+def _reply(client: Any, messages: list[dict[str, str]], params: dict[str, Any]) -> str:
+    """Show a reply as it comes; Ctrl-C hangs up. Returns what was shown. Raises RequestFailed."""
+    shown: list[str] = []
+    with _refusals():
+        stream = client.chat(messages, **params)
+        try:
+            _show((event.text for event in stream), shown)
+        except KeyboardInterrupt:
+            stream.close()
+            print(" [cancelled]", end="")
+        finally:
+            print(flush=True)
+    return "".join(shown)
+
+
+def _show(texts: Iterable[str], shown: list[str]) -> None:
+    for text in texts:
+        shown.append(text)
+        print(text, end="", flush=True)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise RequestFailed for what the server, or the way to it, refuses."""
     import grpc
 
-    shown = ""
     try:
-        for event in stream:
-            shown += event.text
-            print(event.text, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-        print(" [cancelled]", end="")
+        yield
     except grpc.RpcError as error:
         raise RequestFailed(f"{error.code().name}: {error.details()}") from error
-    finally:
-        print(flush=True)
-    return shown
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    for flag, (kind, text) in SAMPLING.items():
-        parser.add_argument(f"--{flag}", type=kind, help=text)
-    parser.add_argument("--stop", action="append", help="end before this text; may be repeated")
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="which of the server's models, where it serves several")
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names: Iterable[str] = (*(flag.replace("-", "_") for flag in SAMPLING), "stop")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+def _named(args: argparse.Namespace) -> dict[str, str]:
+    return {} if args.name is None else {"model": args.name}
 
 
 def _text_or_file(value: str) -> str:
     is_path = len(value) < 256 and "\n" not in value and Path(value).is_file()
     return Path(value).read_text(encoding="utf-8").strip() if is_path else value
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)(|KiB|MiB|GiB)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"a number with KiB, MiB or GiB, got {text!r}")
-    return int(match[1]) * UNITS[match[2]]
 
 
 def _progress_bar() -> Any:

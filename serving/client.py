@@ -64,6 +64,7 @@ class Event:
     finish_reason: str | None  # `stop` or `length`
     stop_reason: int | str | None  # the stop token or stop string
     usage: Usage | None
+    index: int  # which of the `n` replies
 
 
 class Stream:
@@ -277,6 +278,7 @@ def _event(message: pb.GenerateResponse) -> Event:
         finish_reason=None if finish is None else REASONS[finish.reason],
         stop_reason=None if stop is None else getattr(finish, stop),
         usage=None if finish is None else _usage(finish.usage),
+        index=message.index,
     )
 
 

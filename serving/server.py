@@ -8,7 +8,8 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 import grpc
 import uvloop
@@ -48,42 +49,61 @@ def check_address(config: ServerConfig) -> None:
         try:
             probe.bind((str(config.address), config.port))
         except OSError as error:
-            where = _target(config.host, config.port)
+            where = target_of(config.host, config.port)
             raise ConfigError(f"cannot listen on {where}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """What the process shows of itself."""
+
+    log: TextIO
+    on_progress: Progress  # bytes of weights read, and in all
+    on_ready: Callable[[int], None]  # gets the port
 
 
 def run(config: ServerConfig, launches: Mapping[str, Launch], on_progress: Progress) -> int:
     """Serve models by name until a signal or an engine's death. Returns the exit status, 1 where requests were cut off;
     raises what kept it from serving.
     """
+
+    def say_ready(port: int) -> None:
+        where = target_of(config.host, port)
+        print(f"vivace: serving {', '.join(launches)} on {where}", flush=True)
+
+    async def serve() -> int:
+        target = target_of(config.host, config.port)
+        server = Server(config, launches, target, Console(sys.stderr, on_progress, say_ready))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        return await server.serve()
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Server(config, launches, on_progress).serve())
+        return runner.run(serve())
 
 
 class Server:
-    """Lives as long as the process."""
+    """Serves once, in one asyncio loop."""
 
     def __init__(
-        self, config: ServerConfig, launches: Mapping[str, Launch], on_progress: Progress
+        self, config: ServerConfig, launches: Mapping[str, Launch], target: str, console: Console
     ) -> None:
         self._config = config
         self._launches = launches
-        self._on_progress = on_progress
+        self._target = target
+        self._console = console
         self._engines: dict[str, NativeEngine] = {}
         self._models = Models(tuple(launches))
         limits = (engine.scheduler for engine, _ in launches.values())
         most = 2 * sum(limit.max_running + limit.max_waiting for limit in limits)
-        self._running = RunningRequests(RequestLog(), max_requests=most)
+        self._running = RunningRequests(RequestLog(console.log), max_requests=most)
         self._health = HealthServicer()
         self._stop = asyncio.Event()  # the first signal: drain
         self._abort = asyncio.Event()  # the second: end now
 
     async def serve(self) -> int:
         """See `run`."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        bars = _join(self._on_progress, self._launches)
+        bars = _join(self._console.on_progress, self._launches)
         try:
             for name, (config, child) in self._launches.items():
                 self._engines[name] = await NativeEngine.start(config, bars[name], child=child)
@@ -104,11 +124,10 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.add_to(server, (SERVICE, HEALTH))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        target = _target(self._config.host, self._config.port)
         try:
-            port = server.add_insecure_port(target)
+            port = server.add_insecure_port(self._target)
         except RuntimeError as error:  # taken since `check_address` looked
-            raise ConfigError(f"cannot listen on {target}") from error
+            raise ConfigError(f"cannot listen on {self._target}") from error
         await server.start()
         return server, port
 
@@ -127,8 +146,7 @@ class Server:
                 return 0  # told to stop while loading
             if not died.done():
                 await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-                where = _target(self._config.host, port)
-                print(f"vivace: serving {', '.join(self._launches)} on {where}", flush=True)
+                self._console.on_ready(port)
                 await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             self._running.drain()
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -153,8 +171,8 @@ class Server:
             info = await engine.info()
         if defaults.ignored:
             names = ", ".join(defaults.ignored)
-            print(f"vivace: {name}: generation_config.json: not applied: {names}", file=sys.stderr)
-        print(f"vivace: {name}: {_summary(info)}", file=sys.stderr, flush=True)
+            self._say(f"{name}: generation_config.json: not applied: {names}")
+        self._say(f"{name}: {_summary(info)}")
         self._models.loaded[name] = ServedModel(name, engine, info, tokenizer, defaults)
 
     async def _died(self) -> str:
@@ -180,10 +198,8 @@ class Server:
             if died.done():
                 raise EngineDied(died.result())
             if not abort.done():
-                print(
-                    f"vivace: not all requests ended within server.drain_s ({self._config.drain_s:g})",
-                    file=sys.stderr,
-                )
+                limit = f"server.drain_s ({self._config.drain_s:g})"
+                self._say(f"not all requests ended within {limit}; the others are cut off")
             return 1
         finally:
             await _cancel(idle, abort)
@@ -192,7 +208,11 @@ class Server:
         for service in ("", SERVICE):
             await self._health.set(service, status)
 
-    def _on_signal(self) -> None:
+    def _say(self, text: str) -> None:
+        print(f"vivace: {text}", file=self._console.log, flush=True)
+
+    def stop(self) -> None:
+        """Drain and end; told again, end at once."""
         if self._stop.is_set():
             self._abort.set()
         self._stop.set()
@@ -253,5 +273,6 @@ def _summary(info: EngineInfo) -> str:
     )
 
 
-def _target(host: str, port: int) -> str:
+def target_of(host: str, port: int) -> str:
+    """An address as gRPC has it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

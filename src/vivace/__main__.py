@@ -1,5 +1,6 @@
 """The `vivace` command: joins the commands that each folder declares in its `cli.py`, imported when named."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -36,6 +37,10 @@ def main() -> int:
         return 2
     try:
         status: int = import_module(COMMANDS[words[0]][0]).main(words[0], words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a process that SIGPIPE ends
     except (EngineError, OSError) as error:
         print(f"vivace: error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """The commands as people use them: what they print, how they end."""
 
+import json
 import os
 import pty
 import re
@@ -11,9 +12,12 @@ from functools import partial
 
 import pytest
 
+from tests.serving.server_process import MODEL, engine_pids, is_gone, wait_until
 from vivace.serving import cli
 
 VIVACE = (sys.executable, "-P", "-m", "vivace")
+# Where the tests run in the background of a shell they ignore SIGINT, and their children would too.
+with_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*words, **options):
@@ -79,31 +83,174 @@ def test_a_chat_remembers_what_was_said(server, client):
     assert done.stdout == f"> {one}\n> {two}\n> \n"
 
 
-def test_ctrl_c_ends_a_reply_and_ctrl_d_the_chat(server):
+def test_ctrl_c_ends_a_reply_and_the_chat_goes_on_with_what_was_said(server):
     """On a terminal of its own."""
     terminal, inside = pty.openpty()
     words = (*VIVACE, "chat", "--min-tokens", "1900", "--target", server.target)
-    # Where the tests run in the background of a shell they ignore SIGINT, and their children would too.
-    with_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    before = len(server.errors)
     chat = subprocess.Popen(
         words, stdin=inside, stdout=inside, stderr=inside, preexec_fn=with_sigint
     )
     os.close(inside)
     try:
         read_until(terminal, "> ")
-        os.write(terminal, b"Hello\n")
-        read_until(terminal, "Hello")
-        time.sleep(0.5)  # into the reply
-        chat.send_signal(signal.SIGINT)
-        shown = read_until(terminal, "[cancelled]")
-        if "> " not in shown.split("[cancelled]")[1]:
-            read_until(terminal, "> ")
+        for line in (b"Hello\n", b"And now?\n"):
+            os.write(terminal, line)
+            read_until(terminal, line.decode().strip())
+            time.sleep(0.7)  # into the reply
+            chat.send_signal(signal.SIGINT)
+            shown = read_until(terminal, "[cancelled]")
+            if "> " not in shown.split("[cancelled]")[1]:
+                read_until(terminal, "> ")
         os.write(terminal, b"\x04")
         assert chat.wait(10) == 0
     finally:
         chat.kill()
         chat.wait()
         os.close(terminal)
+    wait_until(lambda: len(chats(server.errors[before:])) == 2)
+    first, second = chats(server.errors[before:])
+    assert first["code"] == second["code"] == "CANCELLED"
+    said = second["prompt_tokens"] - first["prompt_tokens"]
+    assert (
+        said > first["completion_tokens"] / 2 > 2
+    )  # the reply that was cut off, and the second question
+
+
+def chats(lines):
+    """What the server's log says of calls of Chat."""
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    return [entry for entry in entries if entry["rpc"] == "Chat"]
+
+
+LINES = """Hello
+
+{"prompt": "Hi", "max_tokens": 3, "seed": 5, "logprobs": 1}
+{"prompt": [5, 6, 7], "stop": "no such text"}
+{bad
+{"messages": [{"role": "user", "content": "Hello"}], "temperature": 9}
+{"messages": [{"role": "user", "content": "Hello"}]}
+"""
+
+
+def test_lines_are_answered_in_their_order_and_those_that_fail_fail_alone(server, client, tmp_path):
+    (tmp_path / "in").write_text(LINES)
+    words = ("generate", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"))
+    done = run(*words, "--temperature", "0", "--max-tokens", "8", "--target", server.target)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [record["index"] for record in records] == [0, 2, 3, 4, 5, 6]
+    params = {"temperature": 0, "max_tokens": 8}
+    hello = list(client.generate("Hello", **params))
+    assert records[0]["text"] == "".join(event.text for event in hello)
+    assert records[0]["prompt"] == "Hello"
+    assert records[0]["finish_reason"] == hello[-1].finish_reason
+    assert records[0]["usage"]["completion_tokens"] == hello[-1].usage.completion_tokens
+    assert len(records[1]["logprobs"]) == records[1]["usage"]["completion_tokens"] == 3
+    assert records[2]["prompt"] == [5, 6, 7] and "error" not in records[2]
+    assert records[3]["error"]["code"] == "INVALID_ARGUMENT"
+    assert records[3]["error"]["message"].startswith("line 5: not JSON: ")
+    assert "temperature" in records[4]["error"]["message"]
+    chat = client.chat([{"role": "user", "content": "Hello"}], **params)
+    assert records[5]["text"] == "".join(event.text for event in chat)
+
+
+def test_lines_come_from_stdin_and_go_to_stdout_and_all_well_is_0(server):
+    words = ("generate", "--input", "-", "--max-tokens", "2", "--target", server.target)
+    done = run(*words, input="Hello\nÜber\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["Hello", "Über"]
+    assert "Über" in done.stdout
+
+
+def test_one_prompt_can_be_written_as_json_too(server):
+    words = ("generate", "Hello", "--output", "-", "--max-tokens", "2", "--logprobs", "0")
+    record = json.loads(run(*words, "--target", server.target).stdout)
+    assert record["prompt"] == "Hello" and len(record["logprobs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "one of PROMPT and --input must be given"),
+        (("x", "--input", "y"), "one of PROMPT and --input must be given"),
+        (("x", "--concurrency", "0"), "--concurrency must be at least 1, got 0"),
+        (("x", "--logit-bias", "5"), "a token's id = a number, got '5'"),
+        (("x", "--target", "a", "--model", "b"), "not allowed with"),
+    ],
+)
+def test_wrong_words_are_named_and_end_with_2(words, text):
+    done = run("generate", *words)
+    assert done.returncode == 2 and text in done.stderr
+
+
+def test_who_stops_reading_ends_it_quietly(server):
+    words = (*VIVACE, "generate", "--input", "-", "--max-tokens", "2", "--target", server.target)
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        process.stdin.write(b"Hello\n" * 300)
+        process.stdin.flush()
+        assert b'"index": 0' in process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 141
+
+
+def test_an_interrupt_cuts_lines_off_and_writes_no_more(server, client):
+    words = (*VIVACE, "generate", "--input", "-", "--ignore-eos", "--target", server.target)
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=with_sigint,
+    )
+    with process:
+        process.stdin.write(b"Hello\n" * 40)
+        process.stdin.flush()
+        wait_until(lambda: client.loads().num_running == 16)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+    wait_until(lambda: client.loads().num_running == 0)
+
+
+def test_a_checkpoint_answers_as_a_server_does_and_leaves_nothing(server):
+    words = ("generate", "Once upon", "--temperature", "0", "--max-tokens", "12")
+    served = run(*words, "--target", server.target)
+    here = run(*words, "--model", str(MODEL))
+    assert (here.returncode, here.stderr) == (0, "")
+    assert here.stdout == served.stdout
+    lines = run(
+        *("generate", "--input", "-", "--model", str(MODEL), "--max-tokens", "2"), input="a\nb\n"
+    )
+    assert [json.loads(line)["index"] for line in lines.stdout.splitlines()] == [0, 1]
+
+
+def test_a_checkpoint_streams_and_an_interrupt_ends_its_engine():
+    words = (*VIVACE, "generate", "Hello", "--model", str(MODEL), "--ignore-eos")
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=with_sigint
+    )
+    with process:
+        assert process.stdout.read(5) == b"Hello"
+        assert process.stdout.read(20)  # of 2,000 tokens
+        [engine] = engine_pids(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert is_gone(engine, 2) and process.stderr.read() == b""
+
+
+def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path):
+    done = run("generate", "x", "--model", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"vivace: error: model {tmp_path.name!r}: ")
+    assert done.stderr.count("\n") == 1
+    missing = run("generate", "x", "--model", str(tmp_path / "none"))
+    assert missing.stderr == f"vivace: error: {tmp_path / 'none'} is not a folder\n"
 
 
 def read_until(terminal, words):

@@ -73,6 +73,17 @@ def test_each_model_tells_of_itself_and_takes_its_part_of_the_cpus(stub):
         assert 15 << 20 < info.kv_bytes <= 16 << 20
 
 
+def test_the_commands_can_name_a_model(two):
+    def run(*words):
+        words = (sys.executable, "-m", "vivace", *words, "--target", two.target)
+        return subprocess.run(words, capture_output=True, text=True, input="Hi\n", check=False)
+
+    for words in (("generate", "x", "--max-tokens", "1"), ("chat", "--max-tokens", "1")):
+        assert run(*words, "--name", "tiny").returncode == 0
+        refused = run(*words)
+        assert refused.returncode == 1 and "model must be set" in refused.stderr
+
+
 def test_abort_finds_a_request_of_either_model(two):
     with Client(two.target) as client:
         call = client.generate(
