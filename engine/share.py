@@ -18,7 +18,7 @@ def share(configs: Mapping[str, Config], machine: Machine) -> dict[str, Config]:
     """The configs of engines that run side by side: unset threads and cache memory become an equal part of what one
     engine alone would take. One config stays as it is.
     """
-    if len(configs) == 1:
+    if len(configs) <= 1:
         return dict(configs)
     part = Machine(
         num_cpus=max(1, machine.num_cpus // len(configs)),

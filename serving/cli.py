@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from vivace.engine.errors import ArtifactError, ConfigError, EngineError
 
 TARGET = "127.0.0.1:50051"
+# What a chat, which shows the text of one reply, has no use for.
+NO_CHAT = ("n", "best_of", "echo", "logprobs", "prompt_logprobs", "prompt_logprobs_start")
 
 
 class RequestFailed(EngineError):
@@ -161,9 +163,7 @@ def _chat(argv: list[str]) -> int:
     parser.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
     _add_name(parser)
     parser.add_argument("--system", help="the system message: text, or the path of a file with it")
-    sampling_flags.add_flags(
-        parser, without=("n", "best_of", "echo", "logprobs", "prompt_logprobs")
-    )
+    sampling_flags.add_flags(parser, without=NO_CHAT)
     args = parser.parse_args(argv)
     params = sampling_flags.from_flags(args) | _named(args)
     if sys.stdin.isatty():

@@ -50,6 +50,7 @@ PARAMS = (
     Param("echo", bool, "show the prompt before the reply"),
     Param("logprobs", int, "tell logprobs of so many of the best tokens (in JSONL)"),
     Param("prompt_logprobs", int, "likewise of the prompt's places (in JSONL)"),
+    Param("prompt_logprobs_start", int, "the first of those places, from 0"),
     Param("cache_salt", str, "share cached prefixes only with requests of the same salt"),
     Param("priority", int, "higher ones start first; default 0"),
 )

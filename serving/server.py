@@ -166,9 +166,9 @@ class Server:
     async def _load(self, name: str) -> None:
         engine, folder = self._engines[name], self._launches[name][0].model
         with _naming(name):
-            tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+            loading = asyncio.to_thread(Tokenizer.load, folder)
+            tokenizer, info = await asyncio.gather(loading, engine.info())
             defaults = read_generation_defaults(folder)
-            info = await engine.info()
         if defaults.ignored:
             names = ", ".join(defaults.ignored)
             self._say(f"{name}: generation_config.json: not applied: {names}")

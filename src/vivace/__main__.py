@@ -10,7 +10,7 @@ from vivace.engine.errors import EngineError
 COMMANDS = {  # command -> (module, what it does)
     "serve": ("vivace.serving.cli", "serve a checkpoint over gRPC"),
     "chat": ("vivace.serving.cli", "talk to a server"),
-    "generate": ("vivace.serving.cli", "continue a text, by a server or in this process"),
+    "generate": ("vivace.serving.cli", "continue texts, by a server or one of its own"),
     "info": ("vivace.engine.cli", "say what a checkpoint is and what it takes to serve it"),
     "config": (
         "vivace.engine.cli",

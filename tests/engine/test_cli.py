@@ -115,6 +115,11 @@ def test_config_prints_the_tree_and_what_the_machine_makes_of_each_model(
     assert capsys.readouterr().out == text
 
 
+def test_config_needs_no_model(capsys):
+    assert main("config", ["--threads", "3"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["cpu"]["threads"] == 3
+
+
 def test_config_ends_with_1_and_the_reason_where_a_model_cannot_be_served(tmp_path, capsys):
     model = checkpoint_of(tmp_path / "qwen3", "qwen3")
     bad = tmp_path / "bad"

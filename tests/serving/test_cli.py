@@ -94,7 +94,7 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on_with_what_was_said(server):
     os.close(inside)
     try:
         read_until(terminal, "> ")
-        for line in (b"Hello\n", b"And now?\n"):
+        for number, line in enumerate((b"Hello\n", b"And now?\n"), 1):
             os.write(terminal, line)
             read_until(terminal, line.decode().strip())
             time.sleep(0.7)  # into the reply
@@ -102,13 +102,13 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on_with_what_was_said(server):
             shown = read_until(terminal, "[cancelled]")
             if "> " not in shown.split("[cancelled]")[1]:
                 read_until(terminal, "> ")
+            wait_until(lambda: len(chats(server.errors[before:])) == number)  # noqa: B023
         os.write(terminal, b"\x04")
         assert chat.wait(10) == 0
     finally:
         chat.kill()
         chat.wait()
         os.close(terminal)
-    wait_until(lambda: len(chats(server.errors[before:])) == 2)
     first, second = chats(server.errors[before:])
     assert first["code"] == second["code"] == "CANCELLED"
     said = second["prompt_tokens"] - first["prompt_tokens"]
@@ -163,6 +163,19 @@ def test_lines_come_from_stdin_and_go_to_stdout_and_all_well_is_0(server):
     assert "Über" in done.stdout
 
 
+def test_several_replies_are_shown_one_after_the_other(server, client):
+    words = ("generate", "Hello", "--n", "3", "--seed", "4", "--max-tokens", "6")
+    events = list(client.generate("Hello", n=3, seed=4, max_tokens=6))
+    texts = ["".join(e.text for e in events if e.index == i) for i in range(3)]
+    assert len(set(texts)) > 1
+    done = run(*words, "--target", server.target)
+    assert done.stdout == "\n".join(f"Hello{text}\n" for text in texts)
+    assert run(*words, "--echo", "--target", server.target).stdout == done.stdout
+    record = json.loads(run(*words, "--output", "-", "--target", server.target).stdout)
+    assert [reply["text"] for reply in record["replies"]] == texts
+    assert record["text"] == texts[0]
+
+
 def test_one_prompt_can_be_written_as_json_too(server):
     words = ("generate", "Hello", "--output", "-", "--max-tokens", "2", "--logprobs", "0")
     record = json.loads(run(*words, "--target", server.target).stdout)
@@ -195,6 +208,15 @@ def test_who_stops_reading_ends_it_quietly(server):
         assert b'"index": 0' in process.stdout.readline()
         process.stdout.close()
         process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 141
+
+
+def test_what_nobody_has_read_at_the_end_is_dropped_quietly():
+    words = (*VIVACE, "config")  # says all in one piece
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 141
 

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import time
 
 import pytest
 
@@ -112,10 +113,11 @@ def test_several_replies_stand_in_their_order():
 
 
 def test_whoever_is_interrupted_closes_the_client_and_writes_no_more():
-    release = threading.Event()
+    asked, release = threading.Event(), threading.Event()
     out = io.StringIO()
 
     def answer(prompt):
+        asked.set()
         assert release.wait(10)
         yield event(prompt)
 
@@ -126,6 +128,8 @@ def test_whoever_is_interrupted_closes_the_client_and_writes_no_more():
 
     def lines():
         yield b"one\n"
+        assert asked.wait(10)
+        time.sleep(0.05)  # by now its answer is waited for, to be written
         raise KeyboardInterrupt
 
     client = Interrupted(answer)
@@ -134,19 +138,25 @@ def test_whoever_is_interrupted_closes_the_client_and_writes_no_more():
     assert client.is_closed and out.getvalue() == ""
 
 
-@pytest.mark.parametrize("at", [0, 20])
-def test_an_output_that_breaks_ends_it(at):
+def test_an_output_that_breaks_ends_whoever_waits_for_it():
+    window = 2 * WINDOW
+    all_are_asked = threading.Event()
+
+    def answer(prompt):
+        if len(client.asked) == window:
+            all_are_asked.set()
+        yield event(prompt)
+
     class Broken(io.StringIO):
         def write(self, text):
-            if json.loads(text)["index"] == at:
-                raise BrokenPipeError
-            return super().write(text)
+            assert all_are_asked.wait(10)
+            raise BrokenPipeError
 
-    client = Client(lambda prompt: [event(prompt)])
+    client = Client(answer)
     endless = (b"x\n" for _ in iter(int, 1))
     with pytest.raises(BrokenPipeError):
         run(client, read_items(endless, {}), Broken(), concurrency=2)
-    assert client.is_closed
+    assert client.is_closed and len(client.asked) <= window + 1
 
 
 def test_the_lines_parameters_go_before_the_commands():

@@ -10,7 +10,7 @@ from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.sampling_flags import BY_NAME, PARAMS, add_flags, from_flags, from_json
 
 HOMES = ("SamplingParams", "ResponseOptions", "RequestOptions")
-NO_FLAG = {"bad_words", "prompt_logprobs_start"}
+NO_FLAG = {"bad_words"}  # known, and refused
 
 
 def fields():

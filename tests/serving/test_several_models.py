@@ -1,5 +1,6 @@
 """Two models on one port: who answers, and what one's failure means for the other."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -140,6 +141,34 @@ def test_what_cannot_be_served_together_is_refused(more, text):
         assert code == 1 and text in errors.splitlines()[-1] and errors.count("\n") == 1
     finally:
         server.stop()
+
+
+PROGRESS = """
+    import sys
+    from pathlib import Path
+    from vivace.engine.config import Config, ServerConfig
+    from vivace.engine.runtimes.native import spawn
+    from vivace.serving.server import run
+
+    launches = {name: (Config(model=Path(sys.argv[1])), spawn()) for name in ("a", "b")}
+    run(ServerConfig(port=0), launches, lambda done, total: print(done, total, flush=True))
+"""
+
+
+def test_the_progress_is_that_of_all_models_together(tiny):
+    words = [sys.executable, "-c", textwrap.dedent(PROGRESS), str(tiny)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        lines = iter(process.stdout.readline, b"")
+        shown = [tuple(map(int, line.split())) for line in until_ready(lines)]
+        process.terminate()
+        assert process.wait(10) == 0
+    alone = (tiny / "model.safetensors").stat().st_size
+    assert {round(total / alone) for _, total in shown} == {2}
+    assert shown == sorted(shown) and shown[-1][0] == shown[-1][1]
+
+
+def until_ready(lines):
+    return itertools.takewhile(lambda line: not line.startswith(b"vivace: serving"), lines)
 
 
 ONE_LOADS_FOR_EVER = """
