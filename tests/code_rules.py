@@ -12,6 +12,7 @@ BASES = {
     "IntEnum",
     "StrEnum",
     "Struct",
+    "TypedDict",
     "Structure",
     "RuleBasedStateMachine",
     "TestCase",
@@ -24,7 +25,11 @@ ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 HEAVY = {"torch", "triton", "transformers", "onnx", "onnxruntime", "tensorrt_llm"}
 HEAVY_INSIDE = re.compile(r"(^|/)(runtimes|export)/")
 TORCH_FILES = re.compile(r"^(kernels/.*/(reference|triton)\.py$|compression/)")
-OPEN_PARAMETERS = {"kernels/backend.py", "serving/client.py"}  # binders and the client
+OPEN_PARAMETERS = {  # binders and the client
+    "kernels/backend.py",
+    "serving/client/aio.py",
+    "serving/client/sync.py",
+}
 IMPORTERS = {"kernels/backend.py", "src/vivace/__init__.py", "src/vivace/__main__.py"}
 BROAD_EXCEPTS = {  # where anything may be caught, how often
     "serving/boundary.py": 1,  # one per kind of call: a bug ends one request, not the server

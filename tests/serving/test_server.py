@@ -64,7 +64,7 @@ def test_a_server_that_loads_is_not_serving_refuses_calls_and_can_be_stopped():
 def test_a_full_server_refuses_with_a_time_to_wait_and_serves_those_it_took():
     with (
         serving("--max-running", "1", "--max-waiting", "2") as server,
-        Client(server.target) as client,
+        Client(server.target, max_retries=0) as client,
     ):
         running = client.generate(PROMPT, max_tokens=400, ignore_eos=True)
         next(running)
