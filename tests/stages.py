@@ -32,8 +32,9 @@ def lint() -> None:
 
 
 def types() -> None:
-    """mypy, strict."""
+    """mypy, strict; the client as code of others sees it, too."""
     run("mypy")
+    run("mypy", "tests/serving/clients/typed.py")
 
 
 def fast() -> None:
@@ -62,6 +63,26 @@ def package() -> None:
         model = str(ROOT / "examples" / "northstar")
         subprocess.run([str(venv / "bin" / "vivace"), "info", model], cwd=out, check=True)
         subprocess.run([str(venv / "bin" / "python"), "-c", ONE_TOKEN, model], cwd=out, check=True)
+    check_client_alone(out, model, constraints)
+
+
+def check_client_alone(out: Path, model: str, constraints: str) -> None:
+    """The wheel without what it depends on, beside grpcio and protobuf: its client talks to a server of this environment."""
+    [wheel] = (out / "dist").glob("*.whl")
+    venv = out / "venv-client"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(venv / "bin" / "pip"), "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", constraints, "grpcio", "protobuf"], cwd=out, check=True)
+    subprocess.run([*pip, "--no-deps", str(wheel)], cwd=out, check=True)
+    command = [str(BIN / "vivace"), "serve", model, "--port", "0"]
+    with subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            target = server.stdout.readline().split()[-1]  # printed once the model is loaded
+            words = [str(venv / "bin" / "python"), "-I", "-c", CLIENT_ALONE, target]
+            subprocess.run(words, cwd=out, check=True)
+        finally:
+            server.terminate()
 
 
 def check_wheel(wheel: Path) -> None:
@@ -81,6 +102,18 @@ import sys
 from vivace import LLM, SamplingParams
 [result] = LLM(sys.argv[1]).generate(["Hello"], SamplingParams(max_tokens=1))
 assert len(result.outputs[0].token_ids) == 1 and "torch" not in sys.modules
+"""
+
+CLIENT_ALONE = """
+import sys
+from importlib.metadata import distributions
+from vivace.serving.client import Client
+installed = {one.metadata["Name"] for one in distributions()} - {"pip", "setuptools"}
+assert installed == {"grpcio", "protobuf", "typing_extensions", "vivace"}, installed
+messages = [{"role": "user", "content": "How many days does delivery take?"}]
+with Client(sys.argv[1], timeout=60) as client:
+    text = "".join(event.text for event in client.chat(messages, temperature=0))
+    assert text and client.complete_chat(messages, temperature=0).text == text
 """
 
 
