@@ -118,6 +118,7 @@ class EngineCore:
                 arrival=now,
                 deadline=request.deadline,
                 salt=request.salt,
+                priority=request.priority,
                 pooling=request.pooling,
                 prompt_logprobs=_unwanted_logprobs(request),
             )

@@ -22,6 +22,8 @@ class Request:
     arrival: float
     deadline: float | None = None
     salt: bytes = b""
+    priority: int = 0
+    place: tuple[int, int] = (0, 0)  # in the queue: what sorts first starts first
     pooling: Pooling | None = None
     num_computed: int = 0  # leading tokens whose K and V are in the cache
     blocks: list[int] = field(default_factory=list)  # cache blocks, in token order

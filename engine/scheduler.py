@@ -2,23 +2,28 @@
 
 There is no prefill phase and no decode phase. A request has `num_pending` tokens, a step has a token budget, and the
 scheduler spends it: first on requests that need one token, then on running prompts, oldest first, then on waiting
-requests in order of arrival. Chunked prefill, prefix hits and resuming after preemption all fall out of that one rule.
-A request that may draw nothing (max_tokens 0) ends when its prompt is computed.
+requests, those of higher priority first and equals in order of arrival. Chunked prefill, prefix hits and resuming after
+preemption all fall out of that one rule. A request that may draw nothing (max_tokens 0) ends when its prompt is computed.
 
 A request gets the blocks of all its known tokens when it starts to run, so only decoding can run out of blocks; then
-the request that started last gives its blocks back and is computed again later. Whoever would compute a block that a
-running request is about to compute waits for it instead; the running one never waits, so there are no circles, and when
-it ends early the first waiter simply finds nobody to wait for and becomes the one that computes.
+the request that started last gives its blocks back, to be computed again: it waits at the place that its priority and
+arrival give it, and nobody starts in that step. Priority orders those who wait and takes nothing from those who run.
+
+Whoever would compute a block that a running request is about to compute waits for it instead, and others start before
+it; the running one never waits, so there are no circles, and when it ends early the first waiter simply finds nobody to
+wait for and becomes the one that computes.
 
 Where every layer has a window, blocks that no later token can see go back to the pool while their request runs, and a
 prefix is found by the blocks that the token after it sees, though earlier ones are gone. With LongRoPE, a request that
-comes to have more than the original context's tokens goes back to the head of the queue, once, to be computed anew.
+comes to have more than the original context's tokens goes back to its place in the queue, once, to be computed anew.
 """
 
 import heapq
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from vivace.engine.blocks import BlockPool
 from vivace.engine.config import SchedulerConfig
@@ -59,6 +64,7 @@ class ContextRules:
 
 
 PLAIN_CONTEXT = ContextRules()
+_place = attrgetter("place")
 
 
 class Scheduler:
@@ -82,7 +88,8 @@ class Scheduler:
         self._window = context.window
         self._long_rope_from = context.long_rope_from
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
+        self._numbers = itertools.count()
+        self._waiting: list[Request] = []  # by `place`
         self._running: dict[str, Request] = {}  # in the order they started to run
         self._computing: dict[bytes, Request] = {}  # by digest: who runs and will compute it
         self._slots = list(range(config.max_running - 1, -1, -1))
@@ -114,7 +121,8 @@ class Scheduler:
         if len(self._waiting) >= self._config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are already waiting")
         self._requests[request.id] = request
-        self._waiting.append(request)
+        request.place = (-request.priority, next(self._numbers))
+        insort(self._waiting, request, key=_place)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 
@@ -140,6 +148,7 @@ class Scheduler:
     def step(self, now: float) -> list[Chunk]:
         """Spend one step's token budget. Empty only when there is nothing to run."""
         chunks: list[Chunk] = []
+        num_running = len(self._running)
         for request in list(self._running.values()):
             if request.num_pending == 1 and request.id in self._running and self._grow(request):
                 chunks.append(Chunk(request, 1))
@@ -148,7 +157,8 @@ class Scheduler:
         for request in self._running.values():
             if budget and request.num_pending > 1:
                 budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
-        self._start_waiting(now, chunks, budget, logprob_rows)
+        if len(self._running) == num_running:  # else: what was preempted is not for others
+            self._start_waiting(now, chunks, budget, logprob_rows)
         return chunks
 
     def commit(self, chunk: Chunk, sampled: int | None) -> FinishReason | None:
@@ -198,18 +208,17 @@ class Scheduler:
     def _start_waiting(
         self, now: float, chunks: list[Chunk], budget: int, logprob_rows: int
     ) -> None:
-        passed: list[Request] = []  # they wait for a prefix; others may start before them
-        while budget and self._waiting and self._slots:
-            request = self._waiting.popleft()
+        i = 0
+        while budget and i < len(self._waiting) and self._slots:
+            request = self._waiting[i]
             found = self._find_prefix(request)
             if self._must_wait(request, len(found)):
-                passed.append(request)
+                i += 1  # others may start before it
                 continue
             if not self._start(request, found, now):
-                self._waiting.appendleft(request)
                 break  # running work is never preempted to start new work, nor is the first in line overtaken
+            del self._waiting[i]
             budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
-        self._waiting.extendleft(reversed(passed))
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the request's first tokens already, of those that it need not compute itself.
@@ -281,8 +290,7 @@ class Scheduler:
     def _grow(self, request: Request) -> bool:
         """Make room for a decoding request's next token, preempting the newest. False if it preempted itself.
 
-        The newest comes last in a step, so who is preempted has no chunk in it yet; and it is first in line for
-        blocks again but needs more than are left of those it gave, so nobody starts in a step that preempts.
+        The newest comes last in a step, so who is preempted has no chunk in it yet.
         """
         if len(request.tokens) <= len(request.blocks) * self._block_tokens:
             return True
@@ -290,7 +298,7 @@ class Scheduler:
             victim = next(reversed(self._running.values()))
             self._stop_running(victim)
             victim.num_preemptions += 1
-            self._waiting.appendleft(victim)
+            insort(self._waiting, victim, key=_place)
             if victim is request:
                 return False
         request.blocks += taken
@@ -320,13 +328,13 @@ class Scheduler:
     def _recompute_if_long(self, request: Request) -> None:
         """What is cached of a request that has just become long was rotated in the short way: it is void.
 
-        Tokens only grow, so this happens to a request once at most, and the queue's head cannot starve the rest.
+        Tokens only grow, so this happens to a request once at most, and it cannot starve the rest.
         """
         assert self._long_rope_from is not None
         if len(request.tokens) == self._long_rope_from + 1:
             self._stop_running(request)
             request.digests.clear()
-            self._waiting.appendleft(request)
+            insort(self._waiting, request, key=_place)
 
     def _publish(self, request: Request, first: int) -> None:
         """Let others find the blocks that have just become full."""

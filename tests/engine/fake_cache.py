@@ -26,15 +26,14 @@ def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, start=1, stop=()
     )
 
 
-def request(name, tokens, max_tokens, *, salt=b"", deadline=None, prompt_logprobs=None, start=1):
+def request(name, tokens, max_tokens, *, prompt_logprobs=None, start=1, **fields):
     return Request(
         str(name),
         list(tokens),
         len(tokens),
         sampling(max_tokens, prompt_logprobs=prompt_logprobs, start=start),
         arrival=0.0,
-        deadline=deadline,
-        salt=salt,
+        **fields,
         prompt_logprobs=[] if prompt_logprobs is None else [None] * min(start, len(tokens)),
     )
 
@@ -57,6 +56,7 @@ class World:
             max_step_tokens=max_step, max_running=max_running, max_waiting=max_waiting
         )
         self.context = ContextRules(window, long_rope_from)
+        self.sharing = sharing
         self.prefix = PrefixIndex(BLOCK, b"key")
         self.pool = BlockPool(num_blocks, self.prefix)
         self.scheduler = Scheduler(
@@ -76,7 +76,7 @@ class World:
 
     def add(self, new):
         self.scheduler.add(new)
-        self.live[new.id] = new
+        self.live[new.id] = new  # in order of arrival
 
     def end(self, name, why):
         ended = self.scheduler.end(name)
@@ -90,7 +90,12 @@ class World:
     def step(self, now=0.0, token=None):
         for name in list(self.scheduler.expired(now)):
             self.end(name, FinishReason.DEADLINE)
+        waiting = sorted(
+            (one for one in self.live.values() if one.slot < 0), key=lambda one: -one.priority
+        )
+        computed = {one.id: one.num_computed for one in self.live.values()}
         chunks = self.scheduler.step(now)
+        self._check_starts(waiting, computed)
         assert bool(chunks) == bool(self.live), "work waits, and nothing runs"
         assert sum(c.num_tokens for c in chunks) <= self.config.max_step_tokens
         assert len({c.request.id for c in chunks}) == len(chunks) <= self.config.max_running
@@ -100,6 +105,27 @@ class World:
         for chunk in chunks:
             self._commit(chunk, len(chunk.request.tokens) % 3 if token is None else token)
         return chunks
+
+    def _check_starts(self, waiting, computed):
+        """Higher priority first, then first come; who is overtaken waits for a block that another is about to compute."""
+        started = [one.slot >= 0 for one in waiting]
+        num_preempted = sum(one.slot < 0 for one in self.live.values()) - started.count(False)
+        assert not (num_preempted and any(started)), "started with what was taken from another"
+        for i, one in enumerate(waiting):
+            if not started[i] and any(started[i:]):
+                assert self.sharing, "overtaken"
+                assert any(
+                    other.slot >= 0 and computed[other.id] < self._num_shared(one, other)
+                    for other in self.live.values()
+                ), "overtaken, and waits for nobody's prefix"
+
+    def _num_shared(self, one, other):
+        """Tokens of the full blocks that two requests have in common."""
+        if (one.salt, self.is_long(one)) != (other.salt, self.is_long(other)):
+            return 0
+        num_blocks = min(len(one.tokens), len(other.tokens)) // BLOCK
+        starts = range(BLOCK, (num_blocks + 1) * BLOCK, BLOCK)
+        return max((n for n in starts if one.tokens[:n] == other.tokens[:n]), default=0)
 
     def is_long(self, one):
         limit = self.context.long_rope_from

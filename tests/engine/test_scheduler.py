@@ -23,12 +23,13 @@ def test_a_long_prompt_does_not_stop_others_decoding():
     assert [(c.request.id, c.num_tokens) for c in world.step()] == [("a", 1), ("b", 15)]
 
 
-def test_a_step_that_preempts_starts_nobody_and_takes_the_newest():
+@pytest.mark.parametrize("priority", [0, 1])
+def test_a_step_that_preempts_starts_nobody_and_takes_the_newest(priority):
     world = World(num_blocks=8, sharing=False)
     world.add(request("old", [1] * 7, 20))
     world.add(request("new", [2] * 15, 12))
     while world.live["old"].num_preemptions == world.live["new"].num_preemptions == 0:
-        world.add(request(f"later {world.num_computed}", [3], 1))
+        world.add(request(f"later {world.num_computed}", [3], 1, priority=priority))
         chunks = world.step()
     assert [c.request.id for c in chunks] == ["old"]
     assert world.live["new"].num_preemptions == 1 and world.live["new"].blocks == []
@@ -68,6 +69,39 @@ def test_those_who_wait_for_a_prefix_keep_their_place_in_line():
         world.add(request(f"later {i}", [50 + i], 1))
     assert [c.request.id for c in world.step()] == ["leader", "later 0"]
     assert [c.request.id for c in world.step()] == ["first", "second"]
+
+
+def test_those_of_higher_priority_start_first_and_equals_in_order_of_arrival():
+    world = World(max_running=1)
+    for name, priority in (("a", 0), ("b", 2), ("c", -1), ("d", 2), ("e", 0)):
+        world.add(request(name, [ord(name)], 1, priority=priority))
+    started = [c.request.id for _ in range(5) for c in world.step()]
+    assert started == ["b", "d", "a", "e", "c"]
+
+
+def test_priority_takes_nothing_from_those_who_run():
+    world = World(max_running=1)
+    world.add(request("runs", [1], 3))
+    world.step()
+    world.add(request("urgent", [2], 1, priority=9))
+    started = [c.request.id for _ in range(3) for c in world.step()]
+    assert started == ["runs", "runs", "urgent"]
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_a_preempted_request_goes_back_to_its_place(priority):
+    """Before those who came later, but behind those of higher priority."""
+    world = World(num_blocks=8, sharing=False)
+    world.add(request("old", [1] * 7, 20))
+    new = request("new", [2] * 15, 12)
+    world.add(new)
+    while not new.num_preemptions:
+        world.step()
+    world.add(request("later", [3] * 11, 12, priority=priority))
+    while new.slot < 0 and world.live["later"].slot < 0:
+        world.step()
+    assert (new.slot < 0) == bool(priority)
+    world.run()
 
 
 def test_a_full_queue_is_overloaded():
@@ -338,7 +372,9 @@ def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
         stem = list(range(rng.choice([0, 8, 20])))
         tokens = stem + [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
         asked = {"prompt_logprobs": rng.choice([None, None, 0]), "start": rng.randint(1, 20)}
-        world.add(request(i, tokens, rng.randint(0, 8), **asked))
+        world.add(
+            request(i, tokens, rng.randint(0, 8), priority=rng.choice([0, 0, 1, -7]), **asked)
+        )
     while world.live:
         world.step()
         world.check()
@@ -395,13 +431,15 @@ class Traffic(RuleBasedStateMachine):
         salt=st.sampled_from([b"", b"", b"other"]),
         patience=st.sampled_from([None, None, 2.0, 9.0]),
         start=st.sampled_from([None, None, None, None, 1, 1, 4, 9, 40]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
     )
-    def arrive(self, stem, tail, max_tokens, salt, patience, start):
+    def arrive(self, stem, tail, max_tokens, salt, patience, start, priority):
         new = request(
             len(self.added),
             [*range(stem), *tail],
             max_tokens,
             salt=salt,
+            priority=priority,
             deadline=None if patience is None else self.now + patience,
             prompt_logprobs=None if start is None else 0,
             start=start or 1,
