@@ -51,6 +51,7 @@ class _Counters:
     num_preemptions: int = 0
     num_requests_finished: int = 0
     num_requests_aborted: int = 0
+    cancel_to_free_s: float = 0.0  # a maximum
 
 
 class EngineCore:
@@ -88,14 +89,14 @@ class EngineCore:
         self._runner = runner
         self._sampler = Sampler(runner.ops, plan.max_rows, info.vocab_size)
         self._clock = clock
-        self._ended: list[tuple[str, FinishReason]] = []  # to be dropped by the next step
+        self._aborted: list[tuple[str, float]] = []  # and when; the next step drops them
         self._counters = _Counters()
         self.progress = runner.ops.progress  # a count of finished ops
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._ended or self._scheduler.num_running or self._scheduler.num_waiting)
+        return bool(self._aborted or self._scheduler.num_running or self._scheduler.num_waiting)
 
     def add(self, request: EngineRequest, now: float) -> None:
         """Queue a request. Raises Overloaded or InvalidRequest."""
@@ -124,11 +125,11 @@ class EngineCore:
             )
         )
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, now: float) -> bool:
         """End a request early; the next step frees its blocks and gives its last event. False if it is not here."""
         if request_id not in self._scheduler:
             return False
-        self._ended.append((request_id, FinishReason.ABORT))
+        self._aborted.append((request_id, now))
         return True
 
     def step(self, now: float) -> list[TokenEvent]:
@@ -162,22 +163,26 @@ class EngineCore:
             num_preemptions=counters.num_preemptions,
             num_requests_finished=counters.num_requests_finished,
             num_requests_aborted=counters.num_requests_aborted,
+            cancel_to_free_s=counters.cancel_to_free_s,
         )
 
     def _drop_ended(self, now: float) -> list[TokenEvent]:
-        ended = self._ended
-        ended += (
-            (request_id, FinishReason.DEADLINE) for request_id in self._scheduler.expired(now)
-        )
-        self._ended = []
-        events = []
-        for request_id, reason in ended:
-            request = self._scheduler.end(request_id)
-            if request is not None:  # else: aborted twice
-                self._counters.num_requests_aborted += 1
-                self._count(request)
-                events.append(TokenEvent(request_id, finish=reason, usage=_usage(request, now)))
+        counters, events = self._counters, []
+        aborted, self._aborted = self._aborted, []
+        for request_id, since in aborted:
+            if request_id in self._scheduler:  # else: aborted twice
+                events.append(self._drop(request_id, FinishReason.ABORT, now))
+                counters.cancel_to_free_s = max(counters.cancel_to_free_s, now - since)
+        for request_id in self._scheduler.expired(now):
+            events.append(self._drop(request_id, FinishReason.DEADLINE, now))
         return events
+
+    def _drop(self, request_id: str, reason: FinishReason, now: float) -> TokenEvent:
+        request = self._scheduler.end(request_id)
+        assert request is not None
+        self._counters.num_requests_aborted += 1
+        self._count(request)
+        return TokenEvent(request_id, finish=reason, usage=_usage(request, now))
 
     def _commit(
         self, batch: Batch, sampled: list[int], logprobs: RowLogprobs | None

@@ -148,7 +148,7 @@ class LLM:
                     self._push(running, event)
         finally:  # a bug or Ctrl-C: what still runs must not hold its blocks
             for request_id in running:
-                self._core.abort(request_id)
+                self._core.abort(request_id, time.monotonic())
             self._core.step(time.monotonic())
 
     def _push(self, running: dict[str, _Job], event: TokenEvent) -> None:
@@ -159,7 +159,7 @@ class LLM:
         if shown.finish is not None:
             del running[event.request_id]
         elif job.completion.matched is not None and before is None:
-            self._core.abort(event.request_id)
+            self._core.abort(event.request_id, time.monotonic())
 
     def _output(self, job: _Job) -> RequestOutput:
         last = job.events[-1]

@@ -115,7 +115,7 @@ class Loop:
                     refused = wire.Refused(request.request_id, error.code, str(error))
                     self._channel.send(refused)
             case wire.Abort(request_id):
-                engine.abort(request_id)
+                engine.abort(request_id, time.monotonic())
             case wire.GetLoads(number):
                 self._channel.send(wire.LoadsReply(number, engine.loads()))
             case wire.Close():

@@ -76,7 +76,7 @@ class FakeCore:
         self._requests[request.request_id] = request
         self._num_tokens[request.request_id] = 0
 
-    def abort(self, request_id):
+    def abort(self, request_id, now):
         self._log(f"abort {request_id} {self._num_steps}")
         if request_id not in self._requests:
             return False

@@ -45,7 +45,7 @@ def at_every_stage(engine, *, deadline=None):
 def test_an_abort_at_any_stage_frees_everything_within_one_step(engine):
     at_every_stage(engine)
     for name in ("decodes", "prefills", "queued"):
-        assert engine.abort(name)
+        assert engine.abort(name, 0.25)
     events = engine.step(1.0)
     assert {event.request_id: event.finish for event in events} == dict.fromkeys(
         ("decodes", "prefills", "queued"), FinishReason.ABORT
@@ -53,6 +53,20 @@ def test_an_abort_at_any_stage_frees_everything_within_one_step(engine):
     loads = engine.loads()
     assert (loads.num_blocks_used, loads.num_running, loads.num_waiting) == (0, 0, 0)
     assert loads.num_requests_aborted == 3 and not engine.has_work
+
+
+def test_the_loads_have_the_longest_time_from_an_abort_to_free_blocks(engine):
+    """A deadline is no abort, and a second abort of the same request is not counted from."""
+    took = []
+    for aborted, freed in ((1.0, 1.5), (3.0, 5.0), (7.0, 7.25)):
+        engine.add(ask("late", deadline=freed), 0.0)
+        engine.add(ask("a"), 0.0)
+        engine.step(0.0)
+        engine.abort("a", aborted)
+        engine.abort("a", 0.0)
+        engine.step(freed)
+        took.append(engine.loads().cancel_to_free_s)
+    assert took == [0.5, 2.0, 2.0] and engine.loads().num_requests_aborted == 6
 
 
 def test_a_deadline_at_any_stage_frees_everything_within_one_step(engine):
@@ -66,14 +80,14 @@ def test_a_deadline_at_any_stage_frees_everything_within_one_step(engine):
 def test_an_aborted_request_ends_in_exactly_one_event(engine):
     engine.add(ask("a"), 0.0)
     engine.step(0.0)
-    assert engine.abort("a") and engine.abort("a")
+    assert engine.abort("a", 0.0) and engine.abort("a", 0.0)
     assert [event.request_id for event in engine.step(0.0)] == ["a"]
-    assert not engine.abort("a")
+    assert not engine.abort("a", 0.0)
     assert engine.step(0.0) == []
 
 
 def test_abort_of_an_unknown_request_says_so(engine):
-    assert not engine.abort("nobody")
+    assert not engine.abort("nobody", 0.0)
     assert not engine.has_work
 
 

@@ -220,7 +220,7 @@ def test_an_embedding_that_ends_early_is_none_and_frees_its_blocks(tiny_qwen3, w
     engine.add(replace(request, deadline=5.0), 0.0)
     assert engine.step(0.0) == []
     if way == "abort":
-        engine.abort("a")
+        engine.abort("a", 0.5)
     [event] = engine.step(5.0 if way == "deadline" else 1.0)
     assert event.finish is FinishReason[way.upper()] and event.embedding is None
     assert event.usage.completion_tokens == 0
