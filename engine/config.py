@@ -55,6 +55,11 @@ class CacheConfig:
         "unset: min(1 GiB, its share of a quarter of the free memory)",
     )
     prefix_sharing: bool = setting(True, "find prompts' blocks that an earlier request computed")
+    verify_hits: bool = setting(
+        False,
+        "for debugging: compare the tokens of blocks that are found, which their digests stand for; "
+        "a prompt's host memory then grows with the square of its length",
+    )
 
     def __post_init__(self) -> None:
         _check("cache.", self)

@@ -69,7 +69,9 @@ class EngineCore:
     ) -> None:
         self.info = info
         block_tokens = config.cache.block_tokens
-        self._prefix = PrefixIndex(block_tokens, os.urandom(SALT_KEY_BYTES))
+        self._prefix = PrefixIndex(
+            block_tokens, os.urandom(SALT_KEY_BYTES), verify_hits=config.cache.verify_hits
+        )
         self._pool = BlockPool(plan.num_blocks, self._prefix)
         self._scheduler = Scheduler(
             config.scheduler,

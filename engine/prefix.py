@@ -1,20 +1,25 @@
-"""Which blocks hold which prefix. Holds no tensors, and no tokens: only digests.
+"""Which blocks hold which prefix. Holds no tensors, and no tokens but to verify hits: only digests.
 
 The digest of a block covers its tokens, all tokens before it, the request's salt, whether long rotary factors made it, and
 this engine's secret key: nobody can find (or forge) another tenant's prefix by choosing tokens. SHA-256 chain.
+With `verify_hits`, all that it covers but the key follows it, so that a digest that is found is found by that too: prefixes
+of one digest that differ are then a plain miss to each other.
 """
 
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 
+DIGEST_BYTES = 32
+
 
 class PrefixIndex:
     """Digest of a full block <-> the block that stores it, at most one each way."""
 
-    def __init__(self, block_tokens: int, key: bytes) -> None:
+    def __init__(self, block_tokens: int, key: bytes, *, verify_hits: bool = False) -> None:
         self._block_tokens = block_tokens
         self._key = key
+        self._verify_hits = verify_hits
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -29,11 +34,14 @@ class PrefixIndex:
         for end in range((len(digests) + 1) * size, len(tokens) + 1, size):
             parent = digests[-1] if digests else self._root(salt, is_long)
             block = array("i", tokens[end - size : end]).tobytes()
-            digests.append(sha256(self._key + parent + block).digest())
+            covered = parent[DIGEST_BYTES:] + block if self._verify_hits else b""
+            digests.append(sha256(self._key + parent + block).digest() + covered)
 
     def _root(self, salt: bytes, is_long: bool) -> bytes:
         # One byte, always, and before the salt: no salt of a tenant's reads as another's with the flag.
-        return sha256(self._key + bytes([is_long]) + salt).digest()
+        covered = bytes([is_long]) + salt
+        digest = sha256(self._key + covered).digest()
+        return digest + len(salt).to_bytes(8) + covered if self._verify_hits else digest
 
     def find(self, digest: bytes) -> int | None:
         """The block that stores this prefix, or None."""

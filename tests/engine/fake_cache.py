@@ -51,13 +51,14 @@ class World:
         sharing=True,
         window=None,
         long_rope_from=None,
+        verify_hits=False,
     ):
         self.config = SchedulerConfig(
             max_step_tokens=max_step, max_running=max_running, max_waiting=max_waiting
         )
         self.context = ContextRules(window, long_rope_from)
         self.sharing = sharing
-        self.prefix = PrefixIndex(BLOCK, b"key")
+        self.prefix = PrefixIndex(BLOCK, b"key", verify_hits=verify_hits)
         self.pool = BlockPool(num_blocks, self.prefix)
         self.scheduler = Scheduler(
             self.config,

@@ -83,6 +83,7 @@ def test_the_later_word_wins_file_then_set_then_flag(read):
         ("cpu.isa=portable", "cpu.isa", "portable"),
         ('cpu.isa="portable"', "cpu.isa", "portable"),
         ("cache.prefix_sharing=false", "cache.prefix_sharing", False),
+        ("cache.verify_hits=true", "cache.verify_hits", True),
         ("cache.memory_bytes=512MiB", "cache.memory_bytes", 512 << 20),
         ("cache.memory_bytes=1_000", "cache.memory_bytes", 1000),
         ("server.drain_s=0.5", "server.drain_s", 0.5),
@@ -190,7 +191,7 @@ OTHERS = ServeConfig(
     device='cu"da\\:\n1\x7f',
     max_context_tokens=77,
     scheduler=SchedulerConfig(max_step_tokens=99, max_running=3, max_waiting=4),
-    cache=CacheConfig(block_tokens=8, memory_bytes=12345, prefix_sharing=False),
+    cache=CacheConfig(block_tokens=8, memory_bytes=12345, prefix_sharing=False, verify_hits=True),
     server=ServerConfig(
         host="::",
         port=0,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.engine.fake_cache import World, request
+from vivace.engine import prefix
 from vivace.engine.errors import InvalidRequest, Overloaded
 from vivace.engine.events import FinishReason
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
@@ -28,6 +29,8 @@ def test_a_step_that_preempts_starts_nobody_and_takes_the_newest(priority):
     world = World(num_blocks=8, sharing=False)
     world.add(request("old", [1] * 7, 20))
     world.add(request("new", [2] * 15, 12))
+    world.step()
+    world.step()
     while world.live["old"].num_preemptions == world.live["new"].num_preemptions == 0:
         world.add(request(f"later {world.num_computed}", [3], 1, priority=priority))
         chunks = world.step()
@@ -367,6 +370,7 @@ def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
         sharing=bool(seed % 2),
         window=WINDOWS[seed % 7],
         long_rope_from=(None, 22)[seed // 2 % 2],
+        verify_hits=bool(seed // 4 % 2),
     )
     for i in range(30):
         stem = list(range(rng.choice([0, 8, 20])))
@@ -379,6 +383,35 @@ def test_under_preemption_everything_finishes_and_no_block_leaks(seed):
         world.step()
         world.check()
     assert len(world.finished) == 30
+
+
+class Collision:
+    """A hash function under which everything is the same."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def digest(self):
+        return bytes(32)
+
+
+def collide(world):
+    for i, salt in enumerate([b"", b"tenant", b""]):
+        for tokens in (range(12), range(100, 112), [*range(4), *range(50, 58)], [7] * 12):
+            world.add(request((i, *tokens), tokens, 3, salt=salt))
+    world.run()
+
+
+def test_hits_that_are_verified_alias_nothing_though_all_digests_collide(monkeypatch):
+    monkeypatch.setattr(prefix, "sha256", Collision)
+    with pytest.raises(AssertionError, match=r"another's block|shared block"):
+        collide(World())
+    world = World(verify_hits=True)
+    collide(world)
+    before = world.num_computed
+    world.add(request("again", range(12), 1))
+    world.run()
+    assert world.num_computed - before == 4  # a prefix that is the same is still found
 
 
 @pytest.mark.parametrize("window", [None, 13])

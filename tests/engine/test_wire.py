@@ -88,6 +88,7 @@ CONFIG = st.builds(
         block_tokens=st.integers(1, 64),
         memory_bytes=st.none() | st.integers(1, 2**62),
         prefix_sharing=st.booleans(),
+        verify_hits=st.booleans(),
     ),
     cpu=st.builds(
         CpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
