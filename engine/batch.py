@@ -1,16 +1,19 @@
 """Scheduled chunks to arrays: the only place where a request becomes a tensor.
 
-Every running request has a row in tables that stay: its blocks, and how it samples. A step copies the rows it needs.
+Every running request has a row in tables that stay: its blocks, and how it samples. A step copies the rows it needs; how
+those who decode sample is copied once, and used for as long as they are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vivace.engine.adjustments import AdjustmentRows, Adjustments
 from vivace.engine.request import Array, Request
-from vivace.engine.scheduler import Chunk
+from vivace.engine.scheduler import Step
+
+Choices = tuple[Array, Array, Array, Array, Array]  # `SamplingRows` up to its seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,43 @@ class PooledRows:
 
 
 @dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What is known of some requests for as long as they decode together: each computes one token a step."""
+
+    requests: tuple[Request, ...]
+    slots_B: Array
+    starts_B: Array  # computed tokens, when they came together
+    choices: Choices
+    num_logprobs: int | None
+
+    def starts(self) -> Array:
+        """Computed tokens now."""
+        if not self.requests:
+            return self.starts_B
+        starts_B: Array = self.starts_B + (self.requests[0].num_computed - self.starts_B[0])
+        return starts_B
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of the final hidden state that are wanted: of each that samples the last, then those that predict wanted prompt
+    tokens, then those that are only pooled."""
+
+    sampled: Sequence[Request]
+    rows: Array
+    num_logits: int
+    prompt_rows: Sequence[PromptRows] = ()
+    pooled_rows: Sequence[PooledRows] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step. The first `num_sampled` rows are of `sampled`, in order; then come the prompts' rows, then those of
     which no logits are wanted."""
 
-    chunks: Sequence[Chunk]
+    step: Step
     inputs: dict[str, Array]  # by the names of the program's inputs
-    sampled: Sequence[Chunk]
+    sampled: Sequence[Request]
     prompt_rows: Sequence[PromptRows]
     pooled_rows: Sequence[PooledRows]
     sampling: SamplingRows
@@ -92,34 +125,38 @@ class Batcher:
         self._min_p = np.zeros(max_running, np.float32)
         self._seed = np.zeros(max_running, np.int64)
         self._adjustments = Adjustments(max_running, vocab_size)
+        self._counting = np.arange(max_running + 1, dtype=np.int32)
+        self._decoding = self._keep(())
 
-    def build(self, chunks: Sequence[Chunk]) -> Batch:
-        """Arrays of one step, in the order of `chunks`."""
-        tokens: list[int] = []
-        for chunk in chunks:
-            request = chunk.request
+    def build(self, step: Step) -> Batch:
+        """Arrays of one step: of those who decode, then of the chunks, in order."""
+        decoding, chunks = step.decoding, step.chunks
+        requests = (*decoding, *(chunk.request for chunk in chunks)) if chunks else decoding
+        for request in requests:
             if request.num_tabled < len(request.blocks):
                 self._enter(request)
-            if chunk.num_tokens == 1:
-                tokens.append(request.tokens[request.num_computed])
-            else:
-                tokens += request.tokens[request.num_computed : chunk.end]
-        slots_B = np.array([chunk.request.slot for chunk in chunks], np.intp)
-        starts_B = np.array([chunk.request.num_computed for chunk in chunks], np.int32)
-        counts_B = np.array([chunk.num_tokens for chunk in chunks], np.int32)
-        query_starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(counts_B, out=query_starts[1:])
-        positions_T = np.arange(len(tokens), dtype=np.int32)
-        positions_T += np.repeat(starts_B - query_starts[:-1], counts_B)
-        context_lens_B = starts_B + counts_B
+        if self._decoding.requests is not decoding:
+            self._decoding = self._keep(decoding)
+        tokens = [request.tokens[-1] for request in decoding]
+        slots_B, starts_B = self._decoding.slots_B, self._decoding.starts()
+        query_starts = self._counting[: len(requests) + 1]  # as it is where each has one token
+        owners_T, positions_T, context_lens_B = query_starts[:-1], starts_B, starts_B + 1
+        if chunks:
+            for chunk in chunks:
+                tokens += chunk.request.tokens[chunk.request.num_computed : chunk.end]
+            slots_B = np.array([request.slot for request in requests], np.intp)
+            starts_B = np.array([request.num_computed for request in requests], np.int32)
+            counts = [1] * len(decoding) + [chunk.num_tokens for chunk in chunks]
+            counts_B = np.array(counts, np.int32)
+            query_starts = np.zeros(len(requests) + 1, np.int32)
+            np.cumsum(counts_B, out=query_starts[1:])
+            owners_T = np.repeat(self._counting[: len(requests)], counts_B)
+            positions_T = np.arange(len(tokens), dtype=np.int32)
+            positions_T += (starts_B - query_starts[:-1])[owners_T]
+            context_lens_B = starts_B + counts_B
         table = self._blocks[slots_B, : -(-int(context_lens_B.max()) // self._block_tokens)]
-        block_T = table[
-            np.repeat(np.arange(len(chunks)), counts_B), positions_T // self._block_tokens
-        ]
-        sampled, logit_rows, prompt_rows = _logit_rows(chunks, query_starts)
-        rows, pooled_rows = logit_rows, list[PooledRows]()
-        if len(sampled) < len(chunks):  # whoever samples has no embedding
-            rows, pooled_rows = _pooled_rows(chunks, query_starts, logit_rows)
+        block_T = table[owners_T, positions_T // self._block_tokens]
+        rows = _rows(step, query_starts)
         inputs = {
             "tokens": np.array(tokens, np.int32),
             "positions": positions_T,
@@ -127,20 +164,29 @@ class Batcher:
             "block_tables": table,
             "query_starts": query_starts,
             "context_lens": context_lens_B,
-            "rows": np.array(rows, np.int32),
+            "rows": rows.rows,
         }
         if self._long_rope_from is not None:
-            lengths_B = np.array([len(chunk.request.tokens) for chunk in chunks])
-            is_long_B = (lengths_B > self._long_rope_from).astype(np.int32)
-            inputs["rope_variants"] = np.repeat(is_long_B, counts_B)
+            lengths_B = np.array([len(request.tokens) for request in requests])
+            inputs["rope_variants"] = (lengths_B > self._long_rope_from).astype(np.int32)[owners_T]
         return Batch(
-            chunks=chunks,
+            step=step,
             inputs=inputs,
-            sampled=sampled,
-            prompt_rows=prompt_rows,
-            pooled_rows=pooled_rows,
-            sampling=self._sampling(sampled, len(logit_rows)),
-            num_logprobs=_num_logprobs(sampled, prompt_rows),
+            sampled=rows.sampled,
+            prompt_rows=rows.prompt_rows,
+            pooled_rows=rows.pooled_rows,
+            sampling=self._sampling(rows, context_lens_B),
+            num_logprobs=self._num_logprobs(rows),
+        )
+
+    def _keep(self, decoding: tuple[Request, ...]) -> _Decoding:
+        slots_B = np.array([request.slot for request in decoding], np.intp)
+        return _Decoding(
+            requests=decoding,
+            slots_B=slots_B,
+            starts_B=np.array([request.num_computed for request in decoding], np.int32),
+            choices=self._choices(slots_B, len(decoding)),
+            num_logprobs=_most(request.sampling.logprobs for request in decoding),
         )
 
     def _enter(self, request: Request) -> None:
@@ -157,32 +203,49 @@ class Batcher:
             self._seed[request.slot] = np.uint64(sampling.seed).astype(np.int64)
             self._adjustments.enter(request)
 
-    def _sampling(self, sampled: Sequence[Chunk], num_rows: int) -> SamplingRows:
-        slots = np.array([chunk.request.slot for chunk in sampled], np.intp)
-        return SamplingRows(
-            temperature_R=_padded(self._temperature[slots], num_rows, 0),
-            top_k_R=_padded(self._top_k[slots], num_rows, 0),
-            top_p_R=_padded(self._top_p[slots], num_rows, 1),
-            min_p_R=_padded(self._min_p[slots], num_rows, 0),
-            seeds_R=_padded(self._seed[slots], num_rows, 0),
-            positions_R=_padded(np.array([c.end for c in sampled], np.int32), num_rows, 0),
-            adjustments=self._adjustments.rows([chunk.request for chunk in sampled], num_rows),
+    def _sampling(self, rows: _Rows, context_lens_B: Array) -> SamplingRows:
+        sampled, num_rows = rows.sampled, rows.num_logits
+        if sampled is self._decoding.requests:
+            choices, positions_R = self._decoding.choices, context_lens_B
+        else:
+            choices = self._choices([request.slot for request in sampled], num_rows)
+            lengths = [len(request.tokens) for request in sampled]
+            positions_R = _padded(np.array(lengths, np.int32), num_rows, 0)
+        adjustments = self._adjustments.rows(sampled, num_rows)
+        return SamplingRows(*choices, positions_R=positions_R, adjustments=adjustments)
+
+    def _choices(self, slots: Sequence[int] | Array, num_rows: int) -> Choices:
+        slots = np.asarray(slots, np.intp)
+        return (
+            _padded(self._temperature[slots], num_rows, 0),
+            _padded(self._top_k[slots], num_rows, 0),
+            _padded(self._top_p[slots], num_rows, 1),
+            _padded(self._min_p[slots], num_rows, 0),
+            _padded(self._seed[slots], num_rows, 0),
         )
 
+    def _num_logprobs(self, rows: _Rows) -> int | None:
+        if rows.sampled is self._decoding.requests and not rows.prompt_rows:
+            return self._decoding.num_logprobs
+        wanted = [request.sampling.logprobs for request in rows.sampled]
+        wanted += [of_prompt.request.sampling.prompt_logprobs for of_prompt in rows.prompt_rows]
+        return _most(wanted)
 
-def _logit_rows(
-    chunks: Sequence[Chunk], query_starts: Array
-) -> tuple[list[Chunk], list[int], list[PromptRows]]:
-    """Which rows need logits: the last of each chunk that samples, then those that predict wanted prompt tokens."""
-    sampled: list[Chunk] = []
-    rows: list[int] = []
+
+def _rows(step: Step, query_starts: Array) -> _Rows:
+    """Which rows are wanted of a step."""
+    num_decoding = len(step.decoding)
+    if not step.chunks:
+        return _Rows(step.decoding, query_starts[:-1], num_decoding)
+    sampled = list(step.decoding)
+    rows = list(range(num_decoding))
     prompt_rows: list[PromptRows] = []
     of_prompts: list[int] = []
-    for i, chunk in enumerate(chunks):
-        if chunk.samples:
-            sampled.append(chunk)
-            rows.append(int(query_starts[i + 1]) - 1)
+    for i, chunk in enumerate(step.chunks, num_decoding):
         request = chunk.request
+        if chunk.samples:
+            sampled.append(request)
+            rows.append(int(query_starts[i + 1]) - 1)
         if request.wants_prompt_logprobs:
             # The row at position p predicts token p + 1; what is recorded already (before a preemption) is skipped.
             first = max(request.num_computed + 1, len(request.prompt_logprobs))
@@ -191,16 +254,18 @@ def _logit_rows(
                 prompt_rows.append(PromptRows(request, first, last - first + 1))
                 offset = int(query_starts[i]) - request.num_computed - 1
                 of_prompts += range(offset + first, offset + last + 1)
-    return sampled, rows + of_prompts, prompt_rows
+    rows += of_prompts
+    all_rows, pooled_rows = _pooled_rows(step, query_starts, rows)
+    return _Rows(sampled, np.array(all_rows, np.int32), len(rows), prompt_rows, pooled_rows)
 
 
 def _pooled_rows(
-    chunks: Sequence[Chunk], query_starts: Array, logit_rows: list[int]
+    step: Step, query_starts: Array, logit_rows: list[int]
 ) -> tuple[list[int], list[PooledRows]]:
     """The rows of logits, then those that are only pooled; and which of all these make up each embedding."""
     pooled_rows: list[PooledRows] = []
     places = {row: place for place, row in enumerate(logit_rows)}
-    for i, chunk in enumerate(chunks):
+    for i, chunk in enumerate(step.chunks, len(step.decoding)):
         request = chunk.request
         first = max(request.num_computed, request.first_pooled)
         if request.pooling is not None and first < chunk.end:
@@ -211,9 +276,7 @@ def _pooled_rows(
     return list(places), pooled_rows
 
 
-def _num_logprobs(sampled: Sequence[Chunk], prompt_rows: Sequence[PromptRows]) -> int | None:
-    wanted = [chunk.request.sampling.logprobs for chunk in sampled]
-    wanted += [rows.request.sampling.prompt_logprobs for rows in prompt_rows]
+def _most(wanted: Iterable[int | None]) -> int | None:
     return max((count for count in wanted if count is not None), default=None)
 
 

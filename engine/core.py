@@ -32,7 +32,7 @@ from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 from vivace.engine.runner import Runner
 from vivace.engine.sampler import RowLogprobs, Sampler
-from vivace.engine.scheduler import Chunk, ContextRules, Scheduler
+from vivace.engine.scheduler import ContextRules, Scheduler
 from vivace.kernels import backend
 
 Clock = Callable[[], float]
@@ -137,10 +137,10 @@ class EngineCore:
     def step(self, now: float) -> list[TokenEvent]:
         """One forward pass over whatever should run now. Every event of it, in no order between requests."""
         events = self._drop_ended(now)
-        chunks = self._scheduler.step(now)
-        if not chunks:
+        step = self._scheduler.step(now)
+        if not (step.decoding or step.chunks):
             return events
-        batch = self._batcher.build(chunks)
+        batch = self._batcher.build(step)
         logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows)
         sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
@@ -192,57 +192,73 @@ class EngineCore:
         then = self._clock()
         if logprobs is not None:
             _record_prompt_logprobs(batch, logprobs)
+        finished = self._scheduler.commit(batch.step, sampled)
+        for request in finished:
+            self._counters.num_requests_finished += 1
+            self._count(request)
         events = []
-        row = 0
-        for chunk in batch.chunks:
-            if chunk.samples:
-                events.append(self._commit_token(chunk, sampled[row], row, logprobs, then))
-                row += 1
-            elif (finish := self._scheduler.commit(chunk, None)) is not None:
-                events.append(self._finish_prompt(chunk.request, finish, then))
+        for row, (request, token) in enumerate(zip(batch.sampled, sampled, strict=True)):
+            if logprobs is None and request.first_token is not None and request not in finished:
+                event = TokenEvent(request.id, (token,))  # as nearly all are
+            else:
+                count = request.sampling.logprobs
+                event = _token_event(
+                    request,
+                    token,
+                    finished.get(request),
+                    then=then,
+                    logprobs=()
+                    if logprobs is None or count is None
+                    else (logprobs.row(row, count),),
+                )
+            events.append(event)
+        events += (
+            _prompt_event(request, finish, then)
+            for request, finish in finished.items()
+            if request.sampling.max_tokens == 0
+        )
         self._counters.num_steps += 1
         self._counters.num_tokens_computed += len(batch.inputs["tokens"])
         self._counters.num_tokens_generated += len(sampled)
         return events
 
-    def _commit_token(
-        self, chunk: Chunk, token: int, row: int, logprobs: RowLogprobs | None, then: float
-    ) -> TokenEvent:
-        request = chunk.request
-        first = request.num_generated == 0
-        if first:
-            request.first_token = then
-        finish = self._scheduler.commit(chunk, token)
-        if finish is not None:
-            self._counters.num_requests_finished += 1
-            self._count(request)
-        count = request.sampling.logprobs
-        return TokenEvent(
-            request.id,
-            token_ids=(token,),
-            logprobs=() if logprobs is None or count is None else (logprobs.row(row, count),),
-            prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
-            finish=finish,
-            stop_token_id=token if finish is FinishReason.STOP else None,
-            usage=None if finish is None else _usage(request, then),
-        )
-
-    def _finish_prompt(self, request: Request, finish: FinishReason, then: float) -> TokenEvent:
-        """The one event of a request that draws nothing."""
-        self._counters.num_requests_finished += 1
-        self._count(request)
-        return TokenEvent(
-            request.id,
-            prompt_logprobs=tuple(request.prompt_logprobs),
-            finish=finish,
-            usage=_usage(request, then),
-            embedding=pooling.embedding(request),
-        )
-
     def _count(self, request: Request) -> None:
         self._counters.num_prompt_tokens += request.num_prompt_tokens
         self._counters.num_cached_tokens += request.num_cached_tokens
         self._counters.num_preemptions += request.num_preemptions
+
+
+def _token_event(
+    request: Request,
+    token: int,
+    finish: FinishReason | None,
+    *,
+    then: float,
+    logprobs: tuple[TokenLogprobs, ...],
+) -> TokenEvent:
+    is_first = request.first_token is None
+    if is_first:
+        request.first_token = then
+    return TokenEvent(
+        request.id,
+        token_ids=(token,),
+        logprobs=logprobs,
+        prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
+        finish=finish,
+        stop_token_id=token if finish is FinishReason.STOP else None,
+        usage=None if finish is None else _usage(request, then),
+    )
+
+
+def _prompt_event(request: Request, finish: FinishReason, then: float) -> TokenEvent:
+    """The one event of a request that draws nothing."""
+    return TokenEvent(
+        request.id,
+        prompt_logprobs=tuple(request.prompt_logprobs),
+        finish=finish,
+        usage=_usage(request, then),
+        embedding=pooling.embedding(request),
+    )
 
 
 def _unwanted_logprobs(request: EngineRequest) -> list[TokenLogprobs | None]:

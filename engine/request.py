@@ -31,6 +31,7 @@ class Request:
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, so far
     slot: int = -1  # row in the tables of `batch.py`, while running
     num_tabled: int = 0  # blocks that those tables know already
+    milestone: int = 0  # computed tokens; until then a sampled token is recorded and no more
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache when first scheduled
     first_scheduled: float | None = None
@@ -38,11 +39,20 @@ class Request:
     # So far, one a token; at first, None for all before the first that is wanted.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     hidden_sum_M: Array | None = None  # fp64, of the final hidden states pooled so far
+    stop_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop_token_ids = frozenset(self.sampling.stop_token_ids)
 
     @property
     def num_pending(self) -> int:
         """Tokens known but not yet computed: 1 while decoding, more while prefilling."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all that it knows is computed but the last token, which was sampled: so is the next."""
+        return len(self.tokens) == self.num_computed + 1 > self.num_prompt_tokens
 
     @property
     def num_generated(self) -> int:

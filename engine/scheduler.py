@@ -38,7 +38,7 @@ MAX_PROMPT_LOGPROB_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `num_tokens` pending tokens of one request."""
+    """The next `num_tokens` pending tokens of one request that is not decoding."""
 
     request: Request
     num_tokens: int
@@ -53,6 +53,15 @@ class Chunk:
         """Whether a new token follows: the chunk reaches the end of what is known, and tokens are wanted."""
         request = self.request
         return self.end == len(request.tokens) and request.sampling.max_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes: a token of each who decodes, then chunks. Those who decode are the same object for
+    as long as they are the same, so that what is known of them can be kept."""
+
+    decoding: tuple[Request, ...]
+    chunks: Sequence[Chunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,8 @@ class Scheduler:
         self._numbers = itertools.count()
         self._waiting: list[Request] = []  # by `place`
         self._running: dict[str, Request] = {}  # in the order they started to run
+        self._decoding: tuple[Request, ...] | None = None  # of those; None: to be found again
+        self._full: list[Request] = []  # of those, who need a block for their next token
         self._computing: dict[bytes, Request] = {}  # by digest: who runs and will compute it
         self._slots = list(range(config.max_running - 1, -1, -1))
         self._deadlines: list[tuple[float, str]] = []  # a heap; may name requests that are gone
@@ -145,52 +156,90 @@ class Scheduler:
             if request is not None and request.deadline == deadline:
                 yield request_id
 
-    def step(self, now: float) -> list[Chunk]:
+    def step(self, now: float) -> Step:
         """Spend one step's token budget. Empty only when there is nothing to run."""
-        chunks: list[Chunk] = []
         num_running = len(self._running)
-        for request in list(self._running.values()):
-            if request.num_pending == 1 and request.id in self._running and self._grow(request):
-                chunks.append(Chunk(request, 1))
-        budget = self._config.max_step_tokens - len(chunks)
+        for request in self._full:
+            if request.slot >= 0:  # else: it has ended since, or was just preempted
+                self._grow(request)
+        self._full.clear()
+        if self._decoding is None:
+            self._decoding = tuple(one for one in self._running.values() if one.is_decoding)
+        decoding, chunks = self._decoding, list[Chunk]()
+        budget = self._config.max_step_tokens - len(decoding)
         logprob_rows = MAX_PROMPT_LOGPROB_ROWS
-        for request in self._running.values():
-            if budget and request.num_pending > 1:
-                budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
+        if len(decoding) < len(self._running):
+            for request in self._running.values():
+                if budget and not request.is_decoding:
+                    budget, logprob_rows = self._fill(request, chunks, budget, logprob_rows)
         if len(self._running) == num_running:  # else: what was preempted is not for others
             self._start_waiting(now, chunks, budget, logprob_rows)
-        return chunks
+        return Step(decoding, chunks)
 
-    def commit(self, chunk: Chunk, sampled: int | None) -> FinishReason | None:
-        """Record a computed chunk and the token sampled after it, if it was one that samples.
+    def commit(self, step: Step, sampled: Sequence[int]) -> dict[Request, FinishReason]:
+        """Record a computed step and the tokens sampled after it: of those who decode, then of the chunks that sample.
 
-        Returns why the request is finished, if it is; its blocks are then free already.
+        Returns who is finished, and why; their blocks are then free already.
         """
-        request = chunk.request
+        finished: dict[Request, FinishReason] = {}
+        for request, token in zip(step.decoding, sampled, strict=False):
+            if request.num_computed < request.milestone and token not in request.stop_token_ids:
+                request.num_computed += 1
+                request.tokens.append(token)
+            else:
+                self._commit(request, 1, token, finished)
+        tokens = iter(sampled[len(step.decoding) :])
+        for chunk in step.chunks:
+            token_after = next(tokens) if chunk.samples else None
+            self._commit(chunk.request, chunk.num_tokens, token_after, finished)
+            if chunk.request.is_decoding:
+                self._decoding = None
+        return finished
+
+    def _commit(
+        self,
+        request: Request,
+        num_tokens: int,
+        sampled: int | None,
+        finished: dict[Request, FinishReason],
+    ) -> None:
         first = request.num_computed // self._block_tokens
-        request.num_computed = chunk.end
+        request.num_computed += num_tokens
         if self._prefix_sharing:
             self._publish(request, first)
         if self._window is not None:
             self._release_passed(request)
-        if sampled is None:
-            if request.num_pending:
-                return None
-            self.end(request.id)  # nothing is drawn after its prompt
-            return FinishReason.LENGTH
-        request.tokens.append(sampled)
+        if sampled is not None:
+            request.tokens.append(sampled)
+        elif request.num_pending:
+            return
         finish = self._finish(request, sampled)
         if finish is not None:
+            finished[request] = finish
             self.end(request.id)
-        elif self._long_rope_from is not None:
-            self._recompute_if_long(request)
-        return finish
+        elif len(request.tokens) - 1 == self._long_rope_from:
+            self._recompute(request)
+        else:
+            self._expect(request)
 
-    def _finish(self, request: Request, sampled: int) -> FinishReason | None:
+    def _finish(self, request: Request, sampled: int | None) -> FinishReason | None:
         sampling = request.sampling
-        if sampled in sampling.stop_token_ids and request.num_generated > sampling.min_tokens:
+        if sampled in request.stop_token_ids and request.num_generated > sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_generated >= sampling.max_tokens else None
+
+    def _expect(self, request: Request) -> None:
+        """See how far it can decode until more is to be done than to record a token."""
+        size, count = self._block_tokens, request.num_computed
+        if len(request.tokens) > len(request.blocks) * size:
+            self._full.append(request)
+        last = request.num_prompt_tokens + request.sampling.max_tokens - 2
+        milestone = min(last, (count // size + 1) * size - 1)
+        if self._window is not None:
+            milestone = min(milestone, (request.num_released + 1) * size + self._window - 2)
+        if self._long_rope_from is not None and count < self._long_rope_from:
+            milestone = min(milestone, self._long_rope_from - 1)
+        request.milestone = milestone
 
     def _fill(
         self, request: Request, chunks: list[Chunk], budget: int, logprob_rows: int
@@ -282,36 +331,33 @@ class Scheduler:
             request.first_scheduled = now
             request.num_cached_tokens = request.num_computed
         self._running[request.id] = request
+        self._decoding = None
         if self._prefix_sharing:
             for digest in request.digests[len(found) :]:
                 self._computing.setdefault(digest, request)
         return True
 
-    def _grow(self, request: Request) -> bool:
-        """Make room for a decoding request's next token, preempting the newest. False if it preempted itself.
-
-        The newest comes last in a step, so who is preempted has no chunk in it yet.
-        """
-        if len(request.tokens) <= len(request.blocks) * self._block_tokens:
-            return True
+    def _grow(self, request: Request) -> None:
+        """Get a block for a decoding request's next token, from the newest if there is no other, be that itself."""
         while (taken := self._pool.take(1)) is None:
             victim = next(reversed(self._running.values()))
             self._stop_running(victim)
             victim.num_preemptions += 1
             insort(self._waiting, victim, key=_place)
             if victim is request:
-                return False
+                return
         request.blocks += taken
-        return True
 
     def _stop_running(self, request: Request) -> None:
         for digest in request.digests[request.num_computed // self._block_tokens :]:
             if self._computing.get(digest) is request:
                 del self._computing[digest]
         del self._running[request.id]
+        self._decoding = None
         self._pool.release(request.blocks[request.num_released :])
         self._slots.append(request.slot)
-        request.blocks, request.num_released, request.num_computed, request.slot = [], 0, 0, -1
+        request.blocks, request.num_released, request.num_computed = [], 0, 0
+        request.slot, request.milestone = -1, 0
 
     def _num_passed(self, num_computed: int) -> int:
         """Leading blocks of which the token at position `num_computed`, and so any later one, sees nothing."""
@@ -325,16 +371,14 @@ class Scheduler:
             self._pool.release(request.blocks[request.num_released : num_passed])
             request.num_released = num_passed
 
-    def _recompute_if_long(self, request: Request) -> None:
+    def _recompute(self, request: Request) -> None:
         """What is cached of a request that has just become long was rotated in the short way: it is void.
 
         Tokens only grow, so this happens to a request once at most, and it cannot starve the rest.
         """
-        assert self._long_rope_from is not None
-        if len(request.tokens) == self._long_rope_from + 1:
-            self._stop_running(request)
-            request.digests.clear()
-            insort(self._waiting, request, key=_place)
+        self._stop_running(request)
+        request.digests.clear()
+        insort(self._waiting, request, key=_place)
 
     def _publish(self, request: Request, first: int) -> None:
         """Let others find the blocks that have just become full."""

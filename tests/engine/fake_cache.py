@@ -5,7 +5,7 @@ from vivace.engine.config import SchedulerConfig
 from vivace.engine.events import FinishReason, Sampling
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
-from vivace.engine.scheduler import ContextRules, Scheduler
+from vivace.engine.scheduler import Chunk, ContextRules, Scheduler
 
 BLOCK = 4  # tokens
 
@@ -26,12 +26,20 @@ def sampling(max_tokens, *, min_tokens=0, prompt_logprobs=None, start=1, stop=()
     )
 
 
-def request(name, tokens, max_tokens, *, prompt_logprobs=None, start=1, **fields):
+def request(
+    name, tokens, max_tokens, *, prompt_logprobs=None, start=1, stop=(), min_tokens=0, **fields
+):
     return Request(
         str(name),
         list(tokens),
         len(tokens),
-        sampling(max_tokens, prompt_logprobs=prompt_logprobs, start=start),
+        sampling(
+            max_tokens,
+            min_tokens=min_tokens,
+            prompt_logprobs=prompt_logprobs,
+            start=start,
+            stop=stop,
+        ),
         arrival=0.0,
         **fields,
         prompt_logprobs=[] if prompt_logprobs is None else [None] * min(start, len(tokens)),
@@ -68,6 +76,7 @@ class World:
             prefix_sharing=sharing,
             context=self.context,
         )
+        self.see_step = None  # called with each step before it is computed
         self.cache = {}  # (block, offset) -> what was written there
         self.finished = {}  # id -> why
         self.live = {}  # id -> request
@@ -95,16 +104,18 @@ class World:
             (one for one in self.live.values() if one.slot < 0), key=lambda one: -one.priority
         )
         computed = {one.id: one.num_computed for one in self.live.values()}
-        chunks = self.scheduler.step(now)
+        step = self.scheduler.step(now)
+        chunks = [*(Chunk(one, 1) for one in step.decoding), *step.chunks]
         self._check_starts(waiting, computed)
         assert bool(chunks) == bool(self.live), "work waits, and nothing runs"
         assert sum(c.num_tokens for c in chunks) <= self.config.max_step_tokens
         assert len({c.request.id for c in chunks}) == len(chunks) <= self.config.max_running
         self.most_used = max(self.most_used, self.pool.num_blocks - self.pool.num_available)
+        if self.see_step is not None:
+            self.see_step(step)
         for chunk in chunks:
             self._compute(chunk)
-        for chunk in chunks:
-            self._commit(chunk, len(chunk.request.tokens) % 3 if token is None else token)
+        self._commit(step, chunks, token)
         return chunks
 
     def _check_starts(self, waiting, computed):
@@ -151,22 +162,31 @@ class World:
     def _first_seen(self, position):
         return 0 if self.context.window is None else max(0, position - self.context.window + 1)
 
-    def _commit(self, chunk, sampled):
-        one, was_long, samples = chunk.request, self.is_long(chunk.request), chunk.samples
+    def _commit(self, step, chunks, token):
+        for chunk in chunks:
+            self._record_prompt_logprobs(chunk)
+        sampling = [chunk.request for chunk in chunks if chunk.samples]
+        were_long = [one for one in sampling if self.is_long(one)]
+        tokens = [len(one.tokens) % 3 if token is None else token for one in sampling]
+        finished = self.scheduler.commit(step, tokens)
+        for one, why in finished.items():
+            self.finished[one.id] = why
+            assert len(one.prompt_logprobs) in (0, one.num_prompt_tokens)
+            assert why is FinishReason.STOP or one.num_generated == one.sampling.max_tokens
+            del self.live[one.id]
+        for one, sampled in zip(sampling, tokens, strict=True):
+            assert one.tokens[-1] == sampled
+            if one not in finished and self.is_long(one) and one not in were_long:
+                assert one.num_computed == 0, "goes on with a cache that is void"
+                self.num_voided += 1
+
+    def _record_prompt_logprobs(self, chunk):
+        one = chunk.request
         if one.wants_prompt_logprobs:
             known = len(one.prompt_logprobs)
             last = min(chunk.end, one.num_prompt_tokens - 1)
             assert one.num_computed < known, "a logprob's position was skipped"
             one.prompt_logprobs += [None] * max(0, last + 1 - known)
-        finish = self.scheduler.commit(chunk, sampled if samples else None)
-        if finish is not None:
-            self.finished[one.id] = finish
-            assert len(one.prompt_logprobs) in (0, one.num_prompt_tokens)
-            assert one.num_generated == one.sampling.max_tokens
-            del self.live[one.id]
-        elif self.is_long(one) != was_long:
-            assert one.num_computed == 0, "goes on with a cache that is void"
-            self.num_voided += 1
 
     def run(self, limit=10_000):
         for _ in range(limit):
