@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -130,7 +129,7 @@ class Loop:
                 for start in range(0, len(event.prompt_logprobs), wire.PIECE_POSITIONS):
                     piece = event.prompt_logprobs[start : start + wire.PIECE_POSITIONS]
                     self._channel.send(wire.PromptLogprobs(event.request_id, piece))
-                events[i] = replace(event, prompt_logprobs=())
+                events[i] = msgspec.structs.replace(event, prompt_logprobs=())
         if events:
             self._channel.send(wire.Events(events))
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -101,7 +101,7 @@ class _Stream:
         if self.is_left:
             return
         if self._prompt_logprobs:
-            event = replace(event, prompt_logprobs=tuple(self._prompt_logprobs))
+            event = msgspec.structs.replace(event, prompt_logprobs=tuple(self._prompt_logprobs))
             self._prompt_logprobs.clear()
         self._events.append(event)
         self._changed.set()
@@ -377,7 +377,7 @@ def _end_of(status: int) -> str:
 
 
 def _merged(events: list[TokenEvent]) -> TokenEvent:
-    return replace(
+    return msgspec.structs.replace(
         events[-1],
         token_ids=tuple(token for event in events for token in event.token_ids),
         logprobs=tuple(entry for event in events for entry in event.logprobs),

@@ -57,6 +57,7 @@ REQUEST = st.builds(
     SAMPLING,
     deadline=st.none() | SECONDS,
     salt=st.binary(max_size=8),
+    priority=st.integers(-5, 5),
     pooling=st.none() | st.sampled_from(Pooling),
 )
 USAGE = st.builds(Usage, COUNT, COUNT, COUNT, SECONDS, SECONDS, SECONDS, COUNT)
