@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -15,14 +14,6 @@ from vivace.engine.errors import ArtifactError, InvalidRequest
 # Marks what a model is trained on; at inference it only groups. `{% if true %}` does the same and is known to Jinja.
 GENERATION = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
 END_GENERATION = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One turn. Which roles there are is the template's decision."""
-
-    role: str
-    content: str
 
 
 TEMPLATE_ERRORS = (  # what Jinja raises, and what the expressions in a template can
@@ -53,18 +44,45 @@ class ChatTemplate:
             raise ArtifactError(f"chat template: {error}") from error
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        """The conversation as the model knows it. Raises InvalidRequest with the template's own complaint."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        opens_turn: bool,
+        continues_with: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the model knows it; messages as templates written for transformers take them.
+
+        `continues_with`, a character that the messages do not hold, ends the text where the last message's content does.
+        Raises InvalidRequest with the template's own complaint.
+        """
+        if continues_with is not None:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": f"{last['content']}{continues_with} "}]
         try:
-            return self._template.render(
-                messages=[asdict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+            text: str = self._template.render(
+                messages=messages,
+                add_generation_prompt=opens_turn,
                 tools=None,  # defined, as transformers has them: templates test `is not none`
                 documents=None,
                 **self._variables,
+                **(variables or {}),
             )
         except TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"messages: the chat template says: {error}") from error
+        return text if continues_with is None else _cut(text, continues_with)
+
+
+def _cut(text: str, end: str) -> str:
+    """The text before the last `end`. A template that has trimmed the space behind it would have trimmed what is before."""
+    place = text.rfind(end)
+    if place < 0:
+        raise InvalidRequest(
+            "continue_final_message: the chat template does not write the last message whole"
+        )
+    before = text[:place]
+    return before if text[place + 1 : place + 2] == " " else before.rstrip()
 
 
 def _tojson(

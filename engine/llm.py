@@ -4,17 +4,19 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vivace.engine import core
 from vivace.engine.completion import Completion, TextEvent
 from vivace.engine.config import Config
-from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
+from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.models.generation_config import read_generation_defaults
+from vivace.engine.replies import best_replies, reply_requests
 from vivace.engine.sampling import (
     ModelLimits,
+    Replies,
     SamplingParams,
     check_prompt,
     resolve,
@@ -56,17 +58,27 @@ class RequestOutput:
     # One a prompt token, None for the first.
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
     outputs: tuple[CompletionOutput, ...]
-    usage: Usage
+    usage: Usage  # `completion_tokens` of all outputs, the rest of the first
 
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt on its way. `LLM.generate` alone writes to it."""
+    """One reply on its way. `LLM.generate` alone writes to it."""
 
     request: EngineRequest
-    prompt: str | None
     completion: Completion
     events: list[TextEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One prompt, and the replies that are drawn for it."""
+
+    prompt: str | None
+    request: EngineRequest
+    jobs: list[_Job]
+    replies: Replies
+    echo: str  # what stands before each reply
 
 
 class LLM:
@@ -115,24 +127,28 @@ class LLM:
         """
         listed: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else prompts
         per_prompt = _per_prompt(params, len(listed))
-        jobs = [self._job(prompt, one) for prompt, one in zip(listed, per_prompt, strict=True)]
-        self._run(jobs)
-        return [self._output(job) for job in jobs]
+        asked = [self._asked(prompt, one) for prompt, one in zip(listed, per_prompt, strict=True)]
+        self._run([job for one in asked for job in one.jobs])
+        return [self._output(one) for one in asked]
 
-    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _asked(self, prompt: Prompt, params: SamplingParams) -> _Asked:
         if isinstance(prompt, str):
             text, ids = prompt, self._tokenizer.encode(prompt)
         else:
             text, ids = None, _prompt_ids(prompt)
         check_prompt(ids, self._limits)
         sampling, rules = resolve(params, self._limits, len(ids))
-        if rules.echo or resolve_replies(params).best_of > 1:
-            raise Unimplemented(
-                f"echo, n and best_of are served over gRPC alone, got {params.echo}, {params.n} and "
-                f"{params.best_of}"
-            )
+        replies = resolve_replies(params)
         request = EngineRequest(str(next(self._ids)), tuple(ids), sampling)
-        return _Job(request, text, Completion(self._tokenizer, rules), [])
+        jobs = [
+            _Job(one, Completion(self._tokenizer, rules), [])
+            for one in reply_requests(request, replies)
+        ]
+        echo = ""
+        if rules.echo:
+            skip = rules.skip_special_tokens
+            echo = self._tokenizer.decode(ids, skip_special_tokens=skip) if text is None else text
+        return _Asked(text, request, jobs, replies, echo)
 
     def _run(self, jobs: Sequence[_Job]) -> None:
         waiting = deque(jobs)
@@ -161,29 +177,37 @@ class LLM:
         elif job.completion.matched is not None and before is None:
             self._core.abort(event.request_id, time.monotonic())
 
-    def _output(self, job: _Job) -> RequestOutput:
-        last = job.events[-1]
-        assert last.finish in (FinishReason.STOP, FinishReason.LENGTH) and last.usage is not None
-        logprobs = [place for event in job.events for place in event.logprobs]
-        prompt_logprobs = [place for event in job.events for place in event.prompt_logprobs]
-        sampling = job.request.sampling
-        output = CompletionOutput(
-            index=0,
-            text="".join(event.text for event in job.events),
-            token_ids=tuple(token for event in job.events for token in event.token_ids),
-            finish_reason=last.finish.value,
-            stop_reason=last.stop,
-            logprobs=None if sampling.logprobs is None else tuple(map(self._place, logprobs)),
-        )
+    def _output(self, asked: _Asked) -> RequestOutput:
+        sampling = asked.request.sampling
+        keeps_logprobs = sampling.logprobs is not None
+        drawn = [job.events for job in asked.jobs]
+        ends = best_replies(drawn, asked.replies.n, keeps_logprobs=keeps_logprobs)
+        usage = ends[0].usage
+        assert usage is not None
         return RequestOutput(
-            request_id=job.request.request_id,
-            prompt=job.prompt,
-            prompt_token_ids=job.request.prompt_token_ids,
+            request_id=asked.request.request_id,
+            prompt=asked.prompt,
+            prompt_token_ids=asked.request.prompt_token_ids,
             prompt_logprobs=None
             if sampling.prompt_logprobs is None
-            else tuple(None if place is None else self._place(place) for place in prompt_logprobs),
-            outputs=(output,),
-            usage=last.usage,
+            else tuple(
+                None if place is None else self._place(place) for place in ends[0].prompt_logprobs
+            ),
+            outputs=tuple(self._reply(end, asked) for end in ends),
+            usage=replace(usage, completion_tokens=sum(len(end.token_ids) for end in ends)),
+        )
+
+    def _reply(self, end: TextEvent, asked: _Asked) -> CompletionOutput:
+        assert end.finish in (FinishReason.STOP, FinishReason.LENGTH)
+        return CompletionOutput(
+            index=end.index,
+            text=asked.echo + end.text,
+            token_ids=end.token_ids,
+            finish_reason=end.finish.value,
+            stop_reason=end.stop,
+            logprobs=None
+            if asked.request.sampling.logprobs is None
+            else tuple(map(self._place, end.logprobs)),
         )
 
     def _place(self, place: TokenLogprobs) -> dict[int, Logprob]:

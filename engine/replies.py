@@ -42,7 +42,7 @@ async def stream_replies(
     name = request.request_id
     sources = [
         _one(engine, tokenizer, one, rules=rules, name=name, index=i)
-        for i, one in enumerate(_requests(request, replies))
+        for i, one in enumerate(reply_requests(request, replies))
     ]
     async with aclosing(merge(sources, max_parallel=len(sources))) as events:
         async for event in events:
@@ -51,7 +51,9 @@ async def stream_replies(
             else:
                 drawn[event.index].append(event)
     if replies.best_of > replies.n:
-        for event in _best(drawn, replies.n, keeps_logprobs=request.sampling.logprobs is not None):
+        for event in best_replies(
+            drawn, replies.n, keeps_logprobs=request.sampling.logprobs is not None
+        ):
             yield event
 
 
@@ -68,7 +70,8 @@ def part_id(request_id: str, index: int) -> str:
     return request_id if index == 0 else f"{request_id}#{index}"
 
 
-def _requests(request: EngineRequest, replies: Replies) -> list[EngineRequest]:
+def reply_requests(request: EngineRequest, replies: Replies) -> list[EngineRequest]:
+    """What the engine is asked for each reply that is drawn."""
     sampling = request.sampling
     if replies.best_of > replies.n and sampling.logprobs is None:
         sampling = replace(sampling, logprobs=0)  # to rank by
@@ -101,11 +104,15 @@ async def _one(
             yield replace(event, request_id=name, index=index)
 
 
-def _best(drawn: Sequence[list[TextEvent]], n: int, *, keeps_logprobs: bool) -> list[TextEvent]:
-    """Each of the `n` best as one event, best first; ties to the one drawn first."""
+def best_replies(
+    drawn: Sequence[list[TextEvent]], n: int, *, keeps_logprobs: bool
+) -> list[TextEvent]:
+    """Each of the `n` best as one event, best first, ties to the one drawn first; all, as they were drawn, if there are no
+    more. `prompt_logprobs` are the first one's."""
     whole = [_joined(events) for events in drawn]
-    ranked = sorted(whole, key=lambda event: -_mean_logprob(event.logprobs))[:n]
     prompt_logprobs = whole[0].prompt_logprobs
+    if n < len(whole):
+        whole = sorted(whole, key=lambda event: -_mean_logprob(event.logprobs))[:n]
     return [
         replace(
             event,
@@ -113,7 +120,7 @@ def _best(drawn: Sequence[list[TextEvent]], n: int, *, keeps_logprobs: bool) -> 
             logprobs=event.logprobs if keeps_logprobs else (),
             prompt_logprobs=prompt_logprobs if i == 0 else (),
         )
-        for i, event in enumerate(ranked)
+        for i, event in enumerate(whole)
     ]
 
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from vivace.engine.chat_template import ChatMessage, ChatTemplate
+from vivace.engine.chat_template import ChatTemplate
+from vivace.engine.conversation import Conversation, check, parse_variables, template_messages
 from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
 
 SPECIAL_TOKENS = (  # what templates may ask for by name
@@ -21,10 +23,18 @@ SPECIAL_TOKENS = (  # what templates may ask for by name
 )
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """A chat template as the checkpoint has it. `variables`: the special tokens that it may ask for by name."""
+
+    text: str
+    variables: Mapping[str, str]
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.json and what tokenizer_config.json says of chats."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: TemplateSource | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
         added = tokenizer.get_added_tokens_decoder()
@@ -47,8 +57,18 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `render_chat` can work."""
+        """Whether there is a template."""
         return self._template is not None
+
+    @property
+    def template(self) -> TemplateSource | None:
+        """The chat template, not compiled."""
+        return self._template
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """What does the work."""
+        return self._tokenizer
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -82,18 +102,20 @@ class Tokenizer:
         """What one token shows when it stands alone."""
         return self.decode([token_id], skip_special_tokens=False)
 
-    def render_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
-    ) -> str:
-        """A conversation as text, special tokens included: encode it without adding any.
+    def render_chat(self, conversation: Conversation) -> str:
+        """A conversation as text, special tokens included, in this process and without limits: for templates one trusts.
 
         Raises FailedPrecondition without a template, InvalidRequest if the template refuses the messages.
         """
         if self._template is None:
             raise FailedPrecondition("this checkpoint has no chat template; use Generate")
-        if not messages:
-            raise InvalidRequest("messages must hold at least one message, got 0")
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        check(conversation)
+        return ChatTemplate(self._template.text, self._template.variables).render(
+            template_messages(conversation, lambda role: str),
+            opens_turn=conversation.opens_turn,
+            continues_with="\ue000" if conversation.continue_final_message else None,
+            variables=parse_variables(conversation.variables),
+        )
 
 
 def _byte_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, bytes]:
@@ -105,7 +127,7 @@ def _byte_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, bytes]:
     return found if is_raw else {}
 
 
-def _read_template(directory: Path) -> ChatTemplate | None:
+def _read_template(directory: Path) -> TemplateSource | None:
     path = directory / "tokenizer_config.json"
     settings = _read_json(path) if path.is_file() else {}
     source = settings.get("chat_template")
@@ -122,7 +144,7 @@ def _read_template(directory: Path) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise ArtifactError(f"{path}: chat_template is not text")
-    return ChatTemplate(
+    return TemplateSource(
         source, {name: text for name, text in variables.items() if text is not None}
     )
 

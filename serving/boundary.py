@@ -6,7 +6,7 @@ The last becomes INTERNAL for that call alone, with a traceback in the log.
 
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -14,13 +14,17 @@ from google.protobuf.message import DecodeError
 
 from vivace.engine.errors import EngineError, InvalidRequest
 from vivace.serving import status
+from vivace.serving.status import TooLarge
+
+ENTRY_BYTES = 32
 
 
 class Boundary(grpc.aio.ServerInterceptor):
     """Wraps every handler of one service: the standard ones look after themselves. Details say nothing of the inside."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, *, max_metadata_bytes: int) -> None:
         self._prefix = f"/{service}/"
+        self._max_metadata_bytes = max_metadata_bytes
 
     async def intercept_service(
         self,
@@ -31,13 +35,26 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
+        size = metadata_bytes(handler_call_details.invocation_metadata)
+        refusal = None
+        if (
+            size > self._max_metadata_bytes
+        ):  # gRPC tells clients of its limit, and takes more from those that ignore it
+            refusal = TooLarge(
+                f"metadata must be at most {self._max_metadata_bytes} bytes, got {size}"
+            )
         kind = "unary_stream" if handler.response_streaming else "unary_unary"
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            _guarded(getattr(handler, kind)),
+            _guarded(getattr(handler, kind), refusal),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+
+def metadata_bytes(metadata: Iterable[tuple[str, str | bytes]]) -> int:
+    """As HTTP/2 counts a list of headers (RFC 9113, 6.5.2)."""
+    return sum(len(key) + len(value) + ENTRY_BYTES for key, value in metadata)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -52,11 +69,15 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-def _guarded(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Of a handler that returns its response, or writes them."""
+def _guarded(
+    behavior: Callable[..., Awaitable[Any]], refusal: EngineError | None
+) -> Callable[..., Awaitable[Any]]:
+    """Of a handler that returns its response, or writes them. `refusal`: what it ends with at once."""
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
+            if refusal is not None:
+                raise refusal
             if request is None:
                 raise InvalidRequest("the request is not valid protobuf")
             return await behavior(request, context)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vivace.engine.chat_template import ChatMessage
 from vivace.engine.completion import TextEvent
+from vivace.engine.conversation import ChatMessage, Conversation, ToolCall
 from vivace.engine.errors import InvalidRequest, Unimplemented
 from vivace.engine.events import (
     EngineInfo,
@@ -88,9 +88,28 @@ def sampling_params(request: Request) -> SamplingParams:
     return SamplingParams(**found)
 
 
-def chat_messages(request: pb.ChatRequest | pb.Conversation) -> list[ChatMessage]:
+def conversation(request: pb.ChatRequest | pb.Conversation) -> Conversation:
     """The conversation."""
-    return [ChatMessage(message.role, content_of(message)) for message in request.messages]
+    return Conversation(
+        messages=[_chat_message(message) for message in request.messages],
+        add_generation_prompt=optional(request, "add_generation_prompt"),
+        continue_final_message=request.continue_final_message,
+        variables=request.template_variables,
+    )
+
+
+def _chat_message(message: pb.ChatMessage) -> ChatMessage:
+    has_content = message.HasField("content") or message.content_parts
+    return ChatMessage(
+        role=message.role,
+        content=content_of(message) if has_content else None,
+        tool_calls=[
+            ToolCall(optional(call, "id"), call.name, call.arguments_json)
+            for call in message.tool_calls
+        ],
+        tool_call_id=optional(message, "tool_call_id"),
+        name=optional(message, "name"),
+    )
 
 
 def content_of(message: pb.ChatMessage) -> str:

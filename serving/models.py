@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vivace.engine.chat import ChatEncoder
 from vivace.engine.errors import InvalidRequest
 from vivace.engine.events import EngineInfo
 from vivace.engine.runtimes import Engine
@@ -24,6 +25,7 @@ class ServedModel:
     engine: Engine
     info: EngineInfo
     tokenizer: Tokenizer
+    chat: ChatEncoder
     defaults: GenerationDefaults
 
     @property
@@ -50,11 +52,7 @@ class ServedModel:
 
     async def encode_chat(self, request: pb.ChatRequest | pb.Conversation) -> list[int]:
         """Token ids of a conversation, as the chat template renders it."""
-        wants_turn = request.add_generation_prompt or not request.HasField("add_generation_prompt")
-        text = self.tokenizer.render_chat(
-            convert.chat_messages(request), add_generation_prompt=wants_turn
-        )
-        return await self.encode(text, add_special_tokens=False)
+        return await self.chat.encode(convert.conversation(request))
 
     async def encode_continuation(
         self, prompt: pb.Prompt, prompt_ids: Sequence[int], continuation: pb.Prompt, name: str

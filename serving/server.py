@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import grpc
@@ -16,6 +17,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
+from vivace.engine.chat import ChatEncoder
 from vivace.engine.config import Config, ServerConfig
 from vivace.engine.errors import ArtifactError, ConfigError, EngineDied
 from vivace.engine.events import EngineInfo
@@ -93,6 +95,7 @@ class Server:
         self._target = target
         self._console = console
         self._engines: dict[str, NativeEngine] = {}
+        self._chats: dict[str, ChatEncoder] = {}
         self._models = Models(tuple(launches))
         limits = (engine.scheduler for engine, _ in launches.values())
         most = 2 * sum(limit.max_running + limit.max_waiting for limit in limits)
@@ -115,10 +118,12 @@ class Server:
                 self._running.abort_all(NotReady("the server has stopped"))
                 await server.stop(END_STREAMS_S)
         finally:
+            await asyncio.gather(*(chat.close() for chat in self._chats.values()))
             await asyncio.gather(*(engine.close() for engine in self._engines.values()))
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=_options(self._config), interceptors=(Boundary(SERVICE),))
+        boundary = Boundary(SERVICE, max_metadata_bytes=self._config.max_metadata_bytes)
+        server = grpc.aio.server(options=_options(self._config), interceptors=(boundary,))
         servicer = InferenceServicer(self._models, self._running)
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -166,14 +171,21 @@ class Server:
     async def _load(self, name: str) -> None:
         engine, folder = self._engines[name], self._launches[name][0].model
         with _naming(name):
-            loading = asyncio.to_thread(Tokenizer.load, folder)
-            tokenizer, info = await asyncio.gather(loading, engine.info())
+            tokenizer, info = await asyncio.gather(self._load_chat(name, folder), engine.info())
             defaults = read_generation_defaults(folder)
         if defaults.ignored:
             names = ", ".join(defaults.ignored)
             self._say(f"{name}: generation_config.json: not applied: {names}")
         self._say(f"{name}: {_summary(info)}")
-        self._models.loaded[name] = ServedModel(name, engine, info, tokenizer, defaults)
+        self._models.loaded[name] = ServedModel(
+            name, engine, info, tokenizer, self._chats[name], defaults
+        )
+
+    async def _load_chat(self, name: str, folder: Path) -> Tokenizer:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+        chat = self._chats[name] = ChatEncoder(tokenizer)
+        await chat.start()
+        return tokenizer
 
     async def _died(self) -> str:
         """Wait for the first engine that dies; which one, and why."""

@@ -40,11 +40,18 @@ class SlowReader(EngineError):
     code = "slow_reader"
 
 
+class TooLarge(EngineError):
+    """A part of the call is over the limit of its size. The same call will never fit."""
+
+    code = "too_large"
+
+
 STATUS = {
     "invalid_request": grpc.StatusCode.INVALID_ARGUMENT,
     "failed_precondition": grpc.StatusCode.FAILED_PRECONDITION,
     "unimplemented": grpc.StatusCode.UNIMPLEMENTED,
     "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,  # clients may retry this one
+    "too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "slow_reader": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "engine_died": grpc.StatusCode.UNAVAILABLE,
     "not_ready": grpc.StatusCode.UNAVAILABLE,

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vivace import LLM, SamplingParams
-from vivace.engine.chat_template import ChatMessage
+from vivace.engine.conversation import ChatMessage, Conversation
 
 NORTHSTAR = Path(__file__).parents[1] / "examples" / "northstar"
 MODEL_FILES = (
@@ -55,7 +55,7 @@ def test_the_demos_replies_are_those_of_transformers(script):
     turns, recorded = script.conversation()["turns"], script.recorded_replies()
     for turn, reply in zip(turns, recorded, strict=True):
         messages.append(ChatMessage("user", turn["user"]))
-        text = llm.tokenizer.render_chat(messages)
+        text = llm.tokenizer.render_chat(Conversation(messages))
         ids = llm.tokenizer.encode(text, add_special_tokens=False)
         [result] = llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0))
         assert list(result.outputs[0].token_ids) == reply["token_ids"]

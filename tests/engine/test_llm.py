@@ -121,6 +121,43 @@ def test_a_stop_string_ends_the_text_and_frees_the_blocks(llm):
     assert llm.core.loads().num_blocks_used == 0
 
 
+def test_replies_are_those_of_their_seeds_and_share_the_prompt(llm):
+    prompt = prompts_of(llm)[0]
+    params = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
+    [several] = llm.generate([prompt], SamplingParams(**params, seed=5, n=3))
+    alone = [
+        llm.generate([prompt], SamplingParams(**params, seed=5 + i))[0].outputs[0].token_ids
+        for i in range(3)
+    ]
+    assert [output.token_ids for output in several.outputs] == alone
+    assert [output.index for output in several.outputs] == [0, 1, 2]
+    assert several.usage.completion_tokens == 36
+
+
+def test_the_best_of_several_replies_have_the_best_mean_logprob(llm):
+    prompt = prompts_of(llm)[0]
+    params = {"temperature": 1.0, "max_tokens": 12, "seed": 5, "ignore_eos": True}
+    [drawn] = llm.generate([prompt], SamplingParams(**params, n=6, logprobs=0))
+
+    def mean(output):
+        places = zip(output.token_ids, output.logprobs, strict=True)
+        return sum(place[token].logprob for token, place in places) / len(output.token_ids)
+
+    best = sorted(drawn.outputs, key=mean, reverse=True)[:2]
+    [found] = llm.generate([prompt], SamplingParams(**params, n=2, best_of=6))
+    assert [output.token_ids for output in found.outputs] == [one.token_ids for one in best]
+    assert [output.logprobs for output in found.outputs] == [None, None]
+
+
+def test_echo_puts_the_prompt_first(llm):
+    text = "Hello there"
+    plain, echoed = (
+        llm.generate([text], SamplingParams(temperature=0, max_tokens=3, echo=echo))[0].outputs[0]
+        for echo in (False, True)
+    )
+    assert echoed.text == text + plain.text
+
+
 def test_nothing_is_written_to_stdout(llm, capfd):
     llm.generate(prompts_of(llm), SAMPLED)
     assert capfd.readouterr().out == ""
@@ -133,8 +170,8 @@ def test_nothing_is_written_to_stdout(llm, capfd):
         ({"prompt_token_ids": [10**9]}, {}, InvalidRequest, "prompt must hold.*1000000000"),
         ({"prompt_token_ids": [3] * 4000}, {}, InvalidRequest, "at most \\d+ tokens"),
         ({"tokens": [3]}, {}, InvalidRequest, "tokens"),
-        ({"prompt_token_ids": [3]}, {"n": 2}, Unimplemented, "n and best_of are served over gRPC"),
-        ({"prompt_token_ids": [3]}, {"echo": True}, Unimplemented, "echo.*True"),
+        ({"prompt_token_ids": [3]}, {"n": 65}, InvalidRequest, "n must be.*65"),
+        ({"prompt_token_ids": [3]}, {"bad_words": ["a"]}, Unimplemented, "bad_words"),
         (
             {"prompt_token_ids": [3]},
             {"temperature": float("nan")},

@@ -8,7 +8,7 @@ import zstandard
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_models import make_tokenizer
-from vivace.engine.chat_template import ChatMessage
+from vivace.engine.conversation import ChatMessage, Conversation
 from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
 from vivace.engine.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def test_every_recorded_prompt_has_the_recorded_ids(shared_data, name):
 @pytest.mark.parametrize("wants_turn", [True, False])
 def test_a_chat_is_rendered_and_encoded_as_transformers_does(wants_turn):
     ours, theirs = Tokenizer.load(NORTHSTAR), AutoTokenizer.from_pretrained(NORTHSTAR)
-    text = ours.render_chat(CHAT, add_generation_prompt=wants_turn)
+    text = ours.render_chat(Conversation(CHAT, add_generation_prompt=wants_turn))
     messages = [{"role": one.role, "content": one.content} for one in CHAT]
     assert text == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=wants_turn
@@ -94,7 +94,7 @@ def test_a_template_renders_as_in_transformers(tmp_path, template):
     )
     messages = [{"role": one.role, "content": one.content} for one in CHAT]
     want = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
-    assert ours.render_chat(CHAT, add_generation_prompt=False) == want
+    assert ours.render_chat(Conversation(CHAT, add_generation_prompt=False)) == want
 
 
 def test_a_template_sees_the_checkpoints_special_tokens(tmp_path):
@@ -104,13 +104,13 @@ def test_a_template_sees_the_checkpoints_special_tokens(tmp_path):
     settings["bos_token"] = {"content": "[bos]", "special": True}
     settings["chat_template"] = "".join("{{ " + name + "_token }}" for name in names)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    rendered = Tokenizer.load(tmp_path).render_chat(CHAT)
+    rendered = Tokenizer.load(tmp_path).render_chat(Conversation(CHAT))
     assert rendered == "[bos][eos][unk][sep][pad][cls][mask]"
 
 
 def test_of_several_named_templates_the_default_is_taken(tmp_path):
     named = [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]
-    assert with_template(tmp_path, named).render_chat(CHAT) == "D"
+    assert with_template(tmp_path, named).render_chat(Conversation(CHAT)) == "D"
     assert not with_template(tmp_path, named[:1]).has_chat_template
 
 
@@ -145,24 +145,26 @@ def test_a_checkpoint_without_a_template_says_so(tmp_path):
     tokenizer = with_template(tmp_path, None)
     assert not tokenizer.has_chat_template
     with pytest.raises(FailedPrecondition, match="no chat template"):
-        tokenizer.render_chat(CHAT)
+        tokenizer.render_chat(Conversation(CHAT))
 
 
 def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     make_tokenizer(tmp_path, None)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
-    assert Tokenizer.load(tmp_path).render_chat([ChatMessage("user", "x")]) == "x<|end|>"
+    assert (
+        Tokenizer.load(tmp_path).render_chat(Conversation([ChatMessage("user", "x")])) == "x<|end|>"
+    )
 
 
 def test_no_messages_are_refused():
     with pytest.raises(InvalidRequest, match="messages must hold at least one"):
-        Tokenizer.load(NORTHSTAR).render_chat([])
+        Tokenizer.load(NORTHSTAR).render_chat(Conversation([]))
 
 
 def test_what_the_template_complains_of_reaches_the_caller(tmp_path):
     tokenizer = with_template(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        tokenizer.render_chat(CHAT)
+        tokenizer.render_chat(Conversation(CHAT))
 
 
 @pytest.mark.parametrize(
@@ -181,16 +183,16 @@ def test_what_the_template_complains_of_reaches_the_caller(tmp_path):
 )
 def test_a_template_cannot_get_out_of_its_sandbox(tmp_path, template):
     with pytest.raises(InvalidRequest, match="the chat template says"):
-        with_template(tmp_path, template).render_chat(CHAT)
+        with_template(tmp_path, template).render_chat(Conversation(CHAT))
 
 
 def test_what_the_sandbox_hides_is_empty(tmp_path):
-    assert with_template(tmp_path, "{{ lipsum.__globals__ }}").render_chat(CHAT) == ""
+    assert with_template(tmp_path, "{{ lipsum.__globals__ }}").render_chat(Conversation(CHAT)) == ""
 
 
 def test_a_template_that_is_no_template_is_refused_at_the_start(tmp_path):
     with pytest.raises(ArtifactError, match="chat template"):
-        with_template(tmp_path, "{% if %}")
+        with_template(tmp_path, "{% if %}").render_chat(Conversation(CHAT))
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"model": 1}'])

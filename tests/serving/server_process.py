@@ -61,7 +61,7 @@ def engine_pids(server_pid):
     children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
     for task in Path(f"/proc/{server_pid}/task").iterdir():
         children += (task / "children").read_text().split()
-    return {int(child) for child in children if b"vivace.engine" in _command(child)}
+    return {int(child) for child in children if b"vivace.engine.process" in _command(child)}
 
 
 def _command(pid):

@@ -189,7 +189,9 @@ def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
                 ended.set()
 
     async def run():
-        server = grpc.aio.server(interceptors=(Boundary("vivace.v1.Inference"),))
+        server = grpc.aio.server(
+            interceptors=(Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14),)
+        )
         pb_grpc.add_InferenceServicer_to_server(Endless(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

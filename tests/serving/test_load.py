@@ -1,0 +1,210 @@
+"""Many at once, slow, late and gone clients: nobody waits for ever, nothing leaks, others do not notice."""
+
+import asyncio
+import threading
+import time
+
+import grpc
+import pytest
+
+from tests.serving.http2 import Connection
+from tests.serving.server_process import CHAT, PROMPT, serving, wait_until
+from vivace.serving.client import AsyncClient, Client
+from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
+from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
+
+LONG = pb.SamplingParams(max_tokens=1900, ignore_eos=True)
+
+
+def is_free(client):
+    loads = client.loads()
+    return not (loads.num_running or loads.num_waiting or loads.num_blocks_used)
+
+
+@pytest.mark.slow
+def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
+    """Cancelled in the queue, in the prompt, in the reply."""
+
+    async def storm():
+        async with AsyncClient(server.target) as fast:
+
+            async def one(number):
+                prompt = {"prompt_token_ids": [5 + number % 4000, *range(100, 300)]}
+                stream = fast.generate(prompt, max_tokens=1500, ignore_eos=True)
+                reading = asyncio.create_task(_read(stream))
+                await asyncio.sleep(0.002 * (number % 200))
+                await stream.aclose()
+                await reading
+                assert await fast.health(timeout=5) == "SERVING"
+
+            await asyncio.gather(*(one(number) for number in range(1000)))
+
+    asyncio.run(storm())
+    wait_until(lambda: is_free(client), 30)
+    assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
+    assert client.loads().cancel_to_free_s > 0
+
+
+async def _read(stream):
+    """To its end: its own, or a refusal, or the hang-up."""
+    try:
+        async for _ in stream:
+            pass
+    except (grpc.RpcError, asyncio.CancelledError):
+        return
+
+
+@pytest.mark.slow
+def test_a_burst_of_ten_times_what_fits_is_refused_with_a_time_to_wait():
+    with (
+        serving("--max-running", "4", "--max-waiting", "8") as server,
+        Client(server.target) as client,
+    ):
+
+        async def burst():
+            ends = []
+            async with grpc.aio.insecure_channel(server.target) as channel:
+                stub = pb_grpc.InferenceStub(channel)
+
+                async def one():
+                    call = stub.Generate(
+                        pb.GenerateRequest(
+                            text=PROMPT,
+                            sampling=pb.SamplingParams(max_tokens=8, ignore_eos=True),
+                        )
+                    )
+                    finishes = [response.HasField("finish") async for response in call]
+                    ends.append(("OK", sum(finishes)))
+
+                async def counted():
+                    try:
+                        await one()
+                    except grpc.aio.AioRpcError as error:
+                        ends.append((error.code(), dict(error.trailing_metadata())))
+
+                await asyncio.gather(*(counted() for _ in range(120)))
+            return ends
+
+        ends = asyncio.run(burst())
+        refused = [trailers for code, trailers in ends if code != "OK"]
+        accepted = [count for code, count in ends if code == "OK"]
+        assert len(accepted) >= 8 and len(refused) >= 60
+        assert set(accepted) == {1}
+        for code, trailers in ends:
+            if code != "OK":
+                assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert int(trailers["grpc-retry-pushback-ms"]) > 0
+                assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
+        wait_until(lambda: is_free(client))
+
+
+@pytest.mark.parametrize("when", ["queue", "prefill", "decode"])
+def test_a_deadline_is_the_end_wherever_it_comes(when):
+    """Never a finish, partial or normal."""
+    with serving("--max-running", "1") as server, Client(server.target) as client:
+        if when == "queue":
+            first = client.generate(PROMPT, max_tokens=1900, ignore_eos=True)
+            next(first)
+        prompt = [5] * (2000 if when == "prefill" else 5)
+        timeout = 0.05 if when == "prefill" else 0.5
+        call = client.generate(
+            {"prompt_token_ids": prompt},
+            max_tokens=40 if when == "prefill" else 1500,
+            ignore_eos=True,
+            timeout=timeout,
+        )
+        with pytest.raises(grpc.RpcError) as error:
+            events = []
+            events += call
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not any(event.finish_reason for event in events)
+        if when == "queue":
+            assert client.loads().num_running == 1 and client.loads().num_waiting == 0
+            first.close()
+        wait_until(lambda: is_free(client))
+
+
+def test_a_reader_that_stalls_is_cut_and_others_do_not_notice():
+    with (
+        serving("--set", "server.stalled_reader_s=1") as server,
+        Client(server.target) as client,
+        Connection(server.target, reads=False) as connection,
+    ):
+        request = pb.GenerateRequest(
+            text=PROMPT, sampling=LONG, response=pb.ResponseOptions(logprobs=20)
+        )
+        stream = connection.call("Generate", request.SerializeToString())
+        drain_socket(connection)
+        want = list(client.chat(CHAT, temperature=0))
+        assert want[-1].finish_reason == "stop"
+        wait_until(lambda: drain_socket(connection) or is_free(client), 20)
+        assert client.loads().num_requests_aborted == 1
+        connection.open_window(stream)
+        status, words = connection.status(stream)
+        assert (status, "not read" in words) == (8, True)
+        assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
+
+
+def drain_socket(connection):
+    """Take what has come, giving the server no more room."""
+    connection.settimeout(0.1)
+    try:
+        connection.receive()
+    except TimeoutError:
+        return False
+    return False
+
+
+def test_pings_during_a_silent_call_are_welcome():
+    """As many as a client sends in 50 minutes at one in ten seconds; too many pings would be a GOAWAY."""
+    with (
+        serving() as server,
+        Connection(server.target) as connection,
+        Client(server.target) as client,
+    ):
+        request = pb.GenerateRequest(text=PROMPT, sampling=LONG)
+        stream = connection.call("GenerateUnary", request.SerializeToString())
+        for _ in range(300):
+            connection.ping()
+            connection.receive()
+        assert client.loads().num_running == 1
+        assert not connection.goaways()
+        connection.settimeout(60)
+        assert connection.status(stream, 60)[0] == 0
+
+
+def test_the_drain_has_a_limit():
+    with serving("--set", "server.drain_s=1") as server, Client(server.target) as client:
+        call = client.generate(PROMPT, max_tokens=1900, ignore_eos=True)
+        next(call)
+        server.process.terminate()
+        with pytest.raises(grpc.RpcError) as error:
+            list(call)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.wait(10)[0] == 1
+
+
+def test_aborts_reach_a_request_wherever_it_is(server, client):
+    """In the queue of the engine, or all its replies."""
+    calls = [
+        client.generate(PROMPT, max_tokens=1900, ignore_eos=True, n=3, request_id=f"many-{i}")
+        for i in range(3)
+    ]
+    ends = []
+
+    def read(call):
+        try:
+            list(call)
+        except grpc.RpcError as error:
+            ends.append(error.code())
+
+    threads = [threading.Thread(target=read, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: client.loads().num_running >= 9)
+    start = time.monotonic()
+    assert all(client.abort(f"many-{i}") for i in range(3))
+    for thread in threads:
+        thread.join()
+    assert ends == [grpc.StatusCode.CANCELLED] * 3 and time.monotonic() - start < 5
+    wait_until(lambda: is_free(client))
