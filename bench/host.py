@@ -21,14 +21,14 @@ BLOCK_TOKENS = 16
 PROMPT_TOKENS = 64
 VOCAB_SIZE = 32_000
 WARM_UP = 32
-ROUND_STEPS = 16  # one block a request: each round contains each kind of step in its true share
+ROUND_STEPS = 16  # one block a request: each round has its true share of what full blocks cost
 
 
 class HostPath:
-    """The real scheduler and batcher with `num_requests` that decode for ever."""
+    """The real scheduler and batcher with `num_requests` that decode for ever, each with its blocks full at its own time."""
 
     def __init__(self, num_requests: int, num_steps: int) -> None:
-        tokens = PROMPT_TOKENS + num_steps + 2
+        tokens = PROMPT_TOKENS + BLOCK_TOKENS + num_steps + 2
         blocks = -(-tokens // BLOCK_TOKENS)
         prefix = PrefixIndex(BLOCK_TOKENS, b"bench")
         config = SchedulerConfig(max_step_tokens=4096, max_running=num_requests)
@@ -37,8 +37,8 @@ class HostPath:
         self._batcher = Batcher(num_requests, blocks, BLOCK_TOKENS, vocab_size=VOCAB_SIZE)
         sampling = Sampling(0.7, 40, 0.9, 0.0, 1, num_steps + 2, 0, (2,), None, None)
         for i in range(num_requests):
-            prompt = [i + 3] * PROMPT_TOKENS
-            self._scheduler.add(Request(str(i), prompt, PROMPT_TOKENS, sampling, arrival=0.0))
+            prompt = [i + 3] * (PROMPT_TOKENS + i % BLOCK_TOKENS)
+            self._scheduler.add(Request(str(i), prompt, len(prompt), sampling, arrival=0.0))
         while self._scheduler.num_waiting:
             self.step()
 
