@@ -6,9 +6,9 @@ With `verify_hits`, all that it covers but the key follows it, so that a digest 
 of one digest that differ are then a plain miss to each other.
 """
 
-from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from struct import Struct
 
 DIGEST_BYTES = 32
 
@@ -19,6 +19,7 @@ class PrefixIndex:
     def __init__(self, block_tokens: int, key: bytes, *, verify_hits: bool = False) -> None:
         self._block_tokens = block_tokens
         self._key = key
+        self._pack = Struct(f"<{block_tokens}i").pack
         self._verify_hits = verify_hits
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -33,7 +34,7 @@ class PrefixIndex:
         size = self._block_tokens
         for end in range((len(digests) + 1) * size, len(tokens) + 1, size):
             parent = digests[-1] if digests else self._root(salt, is_long)
-            block = array("i", tokens[end - size : end]).tobytes()
+            block = self._pack(*tokens[end - size : end])
             covered = parent[DIGEST_BYTES:] + block if self._verify_hits else b""
             digests.append(sha256(self._key + parent + block).digest() + covered)
 
