@@ -162,7 +162,8 @@ def test_pings_during_a_silent_call_are_welcome():
         Connection(server.target) as connection,
         Client(server.target) as client,
     ):
-        request = pb.GenerateRequest(text=PROMPT, sampling=LONG)
+        sampling = pb.SamplingParams(max_tokens=400, ignore_eos=True)
+        request = pb.GenerateRequest(text=PROMPT, sampling=sampling)
         stream = connection.call("GenerateUnary", request.SerializeToString())
         for _ in range(300):
             connection.ping()
