@@ -1,27 +1,61 @@
-"""`vivace bench host|startup`."""
+"""`vivace bench host|startup|frontend|process`."""
 
 import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from vivace.bench import host, result, startup
+from vivace.bench import frontend, host, process, result, startup
+from vivace.bench.result import Figure
+
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "northstar"
 
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of this folder's commands; returns the exit status."""
     assert command == "bench"
+    args = _parser().parse_args(argv)
+    figures: Sequence[Figure]
+    config: Mapping[str, str | int]
+    match args.kind:
+        case "host":
+            figures = [one for count in args.requests for one in host.measure(count, args.rounds)]
+            config = {"rounds": args.rounds}
+        case "startup":
+            figures = startup.measure(args.model, args.runs)
+            config = {"model": args.model.name, "runs": args.runs}
+        case "frontend":
+            load = frontend.Load(args.rounds, args.streams, args.messages, args.calls)
+            figures = frontend.measure(args.model, load)
+            config = {"model": args.model.name, **asdict(load)}
+        case "process":
+            decode = process.Load(args.rounds, args.streams, args.tokens, args.threads)
+            figures = process.measure(args.model, decode)
+            config = {"model": args.model.name, **asdict(decode)}
+    result.report(f"bench {args.kind}", figures, config)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vivace bench", description="Measure.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    host_parser = kinds.add_parser("host", help="the host's share of a decode step, by ratio")
-    host_parser.add_argument("--requests", type=int, nargs="+", default=[64, 256])
-    host_parser.add_argument("--rounds", type=int, default=20)
-    startup_parser = kinds.add_parser("startup", help="server start to first token, over gRPC")
-    startup_parser.add_argument("model", type=Path, help="a checkpoint with a chat template")
-    startup_parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args(argv)
-    if args.kind == "host":
-        figures = [one for count in args.requests for one in host.measure(count, args.rounds)]
-        result.report("bench host", figures, {"rounds": args.rounds})
-    else:
-        figures = startup.measure(args.model, args.runs)
-        result.report("bench startup", figures, {"model": args.model.name, "runs": args.runs})
-    return 0
+    one = kinds.add_parser("host", help="the host's share of a decode step, by ratio")
+    one.add_argument("--requests", type=int, nargs="+", default=[64, 256])
+    one.add_argument("--rounds", type=int, default=20)
+    one = kinds.add_parser("startup", help="server start to first token, over gRPC")
+    one.add_argument("model", type=Path, help="a checkpoint with a chat template")
+    one.add_argument("--runs", type=int, default=5)
+    one = kinds.add_parser("frontend", help="what the service costs beside its engine, by ratio")
+    one.add_argument("model", type=Path, nargs="?", default=DEMO, help="whose tokenizer is used")
+    one.add_argument("--rounds", type=int, default=15)
+    one.add_argument("--streams", type=int, default=32)
+    one.add_argument("--messages", type=int, default=100, help="of each stream")
+    one.add_argument("--calls", type=int, default=50, help="of one token, one after another")
+    one = kinds.add_parser("process", help="what the engine's own process costs, by ratio")
+    one.add_argument("model", type=Path)
+    one.add_argument("--rounds", type=int, default=8)
+    one.add_argument("--streams", type=int, default=8)
+    one.add_argument("--tokens", type=int, default=96, help="of each stream")
+    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    return parser

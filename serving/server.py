@@ -122,8 +122,7 @@ class Server:
             await asyncio.gather(*(engine.close() for engine in self._engines.values()))
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
-        boundary = Boundary(SERVICE, max_metadata_bytes=self._config.max_metadata_bytes)
-        server = grpc.aio.server(options=_options(self._config), interceptors=(boundary,))
+        server = grpc_server(self._config)
         servicer = InferenceServicer(self._models, self._running)
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -230,8 +229,9 @@ class Server:
         self._stop.set()
 
 
-def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
-    return (
+def grpc_server(config: ServerConfig) -> grpc.aio.Server:
+    """A server as the configuration has it, with nothing to serve yet."""
+    options = (
         ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
         ("grpc.max_receive_message_length", config.max_message_bytes),
         # gRPC refuses by chance between the two, which are one here.
@@ -242,6 +242,8 @@ def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
     )
+    boundary = Boundary(SERVICE, max_metadata_bytes=config.max_metadata_bytes)
+    return grpc.aio.server(options=options, interceptors=(boundary,))
 
 
 def _join(on_progress: Progress, names: Iterable[str]) -> dict[str, Progress]:
