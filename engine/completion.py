@@ -7,7 +7,9 @@ which says that its blocks are free, is waited for and passed on as a stop.
 import codecs
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.runtimes import Engine
@@ -19,9 +21,8 @@ MAX_UNSURE = 3  # replacements at the end of a text that more bytes may still tu
 KEPT_TOKENS = 8  # decoded again before new ones: more than a character takes, and decoders look at their neighbours
 
 
-@dataclass(frozen=True, slots=True)
-class TextEvent:
-    """A new piece of one request. The last one, and no other, has `finish` and `usage`."""
+class TextEvent(msgspec.Struct, frozen=True):
+    """A new piece of one request. The last one, and no other, has `finish` and `usage`. No dataclass: see `TokenEvent`."""
 
     request_id: str
     text: str = ""
@@ -44,18 +45,23 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._byte_tokens = tokenizer.byte_tokens
         self._ids: list[int] = []  # the last few
         self._num_shown = 0  # characters of their text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_bytes = False  # that `_utf8` has yet to be told the end of
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
-        if self._skip and token_id in self._tokenizer.special_ids:
+        if token_id in self._left_out:
             return ""
-        byte = self._tokenizer.byte_tokens.get(token_id)
+        byte = self._byte_tokens.get(token_id)
         if byte is not None:
             return self._push_byte(token_id, byte)
-        return self._end_bytes() + self._push_token(token_id)
+        if self._has_bytes:
+            return self._end_bytes() + self._push_token(token_id)
+        return self._push_token(token_id)
 
     def finish(self) -> str:
         """What is left: bytes that never became a character."""
@@ -67,9 +73,11 @@ class Detokenizer:
         self._num_shown = len(self._decode())
         if is_first and not self._num_shown:
             return ""  # a space that the decoder strips from the beginning
+        self._has_bytes = True
         return rest + self._utf8.decode(byte)
 
     def _end_bytes(self) -> str:
+        self._has_bytes = False
         return self._utf8.decode(b"", final=True)
 
     def _push_token(self, token_id: int) -> str:
@@ -92,6 +100,8 @@ class Detokenizer:
 
 def _num_sure(text: str) -> int:
     """Characters that more tokens cannot change."""
+    if not text.endswith(REPLACEMENT):
+        return len(text)
     tail = text[-MAX_UNSURE:]
     return len(text) - (len(tail) - len(tail.rstrip(REPLACEMENT)))
 
@@ -115,6 +125,8 @@ class Completion:
         """What the event shows. After a match, tokens are dropped, and the engine's final event becomes a stop."""
         if self._matched is not None:
             return self._after_match(event)
+        if not self._rules.stop and event.finish is None:
+            return self._plain(event)
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
@@ -135,7 +147,21 @@ class Completion:
             return shown
         if self._has_matched():
             return self._finish_matched(shown, event)
-        return replace(shown, finish=event.finish, stop=event.stop_token_id, usage=event.usage)
+        return msgspec.structs.replace(
+            shown, finish=event.finish, stop=event.stop_token_id, usage=event.usage
+        )
+
+    def _plain(self, event: TokenEvent) -> TextEvent:
+        """What nearly every event shows: no stop string to look for, no end."""
+        self._num_tokens += len(event.token_ids)
+        push = self._detokenizer.push
+        return TextEvent(
+            event.request_id,
+            "".join([push(token_id) for token_id in event.token_ids]),
+            event.token_ids,
+            event.logprobs,
+            event.prompt_logprobs,
+        )
 
     def _has_matched(self) -> bool:
         return self._matched is not None
@@ -188,7 +214,9 @@ class Completion:
     def _finish_matched(self, shown: TextEvent, event: TokenEvent) -> TextEvent:
         assert event.usage is not None
         usage = replace(event.usage, completion_tokens=self._num_tokens)
-        return replace(shown, finish=FinishReason.STOP, stop=self._matched, usage=usage)
+        return msgspec.structs.replace(
+            shown, finish=FinishReason.STOP, stop=self._matched, usage=usage
+        )
 
 
 async def stream(

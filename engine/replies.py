@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from math import fsum
 
+import msgspec
+
 from vivace.engine.completion import TextEvent, stream
 from vivace.engine.concurrent import merge
 from vivace.engine.errors import Cancelled, DeadlineExceeded
@@ -35,7 +37,8 @@ async def stream_replies(
     if replies.best_of == 1:
         async with aclosing(stream(engine, tokenizer, request, rules)) as events:
             async for event in events:
-                raise_if_ended(event.finish)
+                if event.finish is not None:
+                    raise_if_ended(event.finish)
                 yield event
         return
     drawn: list[list[TextEvent]] = [[] for _ in range(replies.best_of)]
@@ -101,7 +104,7 @@ async def _one(
     async with aclosing(stream(engine, tokenizer, request, rules)) as events:
         async for event in events:
             raise_if_ended(event.finish)
-            yield replace(event, request_id=name, index=index)
+            yield msgspec.structs.replace(event, request_id=name, index=index)
 
 
 def best_replies(
@@ -114,7 +117,7 @@ def best_replies(
     if n < len(whole):
         whole = sorted(whole, key=lambda event: -_mean_logprob(event.logprobs))[:n]
     return [
-        replace(
+        msgspec.structs.replace(
             event,
             index=i,
             logprobs=event.logprobs if keeps_logprobs else (),
@@ -125,7 +128,7 @@ def best_replies(
 
 
 def _joined(events: Sequence[TextEvent]) -> TextEvent:
-    return replace(
+    return msgspec.structs.replace(
         events[-1],
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
