@@ -8,9 +8,11 @@ import codecs
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 
+from vivace.engine.errors import Cancelled, DeadlineExceeded
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.runtimes import Engine
 from vivace.engine.sampling import TextRules
@@ -43,8 +45,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._byte_tokens = tokenizer.byte_tokens
         self._ids: list[int] = []  # the last few
@@ -70,7 +71,7 @@ class Detokenizer:
     def _push_byte(self, token_id: int, byte: bytes) -> str:
         is_first, rest = not self._ids, self._rest()
         self._ids = [token_id]  # what follows is decoded as text that stands behind something
-        self._num_shown = len(self._decode())
+        self._num_shown = len(self._decode(self._ids))
         if is_first and not self._num_shown:
             return ""  # a space that the decoder strips from the beginning
         self._has_bytes = True
@@ -82,20 +83,17 @@ class Detokenizer:
 
     def _push_token(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._decode()
+        text = self._decode(self._ids)
         sure = max(self._num_shown, _num_sure(text))
         piece = text[self._num_shown : sure]
         self._num_shown = sure
         if len(self._ids) >= 2 * KEPT_TOKENS:
             self._ids = self._ids[-KEPT_TOKENS:]
-            self._num_shown = _num_sure(self._decode())
+            self._num_shown = _num_sure(self._decode(self._ids))
         return piece
 
     def _rest(self) -> str:
-        return self._decode()[self._num_shown :]
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        return self._decode(self._ids)[self._num_shown :]
 
 
 def _num_sure(text: str) -> int:
@@ -114,16 +112,13 @@ class Completion:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=rules.skip_special_tokens)
         self._num_tokens = 0
         self._held = ""  # text that may yet turn out to begin a stop string
-        self._matched: str | None = None
-
-    @property
-    def matched(self) -> str | None:
-        """The stop string that was found: the engine's request must now be aborted."""
-        return self._matched
+        self.matched: str | None = (
+            None  # the stop string that was found: abort the engine's request
+        )
 
     def push(self, event: TokenEvent) -> TextEvent:
         """What the event shows. After a match, tokens are dropped, and the engine's final event becomes a stop."""
-        if self._matched is not None:
+        if self.matched is not None:
             return self._after_match(event)
         if not self._rules.stop and event.finish is None:
             return self._plain(event)
@@ -153,18 +148,14 @@ class Completion:
 
     def _plain(self, event: TokenEvent) -> TextEvent:
         """What nearly every event shows: no stop string to look for, no end."""
-        self._num_tokens += len(event.token_ids)
-        push = self._detokenizer.push
-        return TextEvent(
-            event.request_id,
-            "".join([push(token_id) for token_id in event.token_ids]),
-            event.token_ids,
-            event.logprobs,
-            event.prompt_logprobs,
-        )
+        token_ids, text = event.token_ids, ""
+        self._num_tokens += len(token_ids)
+        for token_id in token_ids:
+            text += self._detokenizer.push(token_id)
+        return TextEvent(event.request_id, text, token_ids, event.logprobs, event.prompt_logprobs)
 
     def _has_matched(self) -> bool:
-        return self._matched is not None
+        return self.matched is not None
 
     def _take(self, token_id: int, *, is_stop: bool) -> str:
         """Count a token; returns what may be shown. A stop token is never shown."""
@@ -193,9 +184,9 @@ class Completion:
         ]
         if found:
             # The first to be complete, and of those that end together the longest: the same however text is cut in tokens.
-            start, self._matched = min(found, key=lambda one: (one[0] + len(one[1]), one[0]))
+            start, self.matched = min(found, key=lambda one: (one[0] + len(one[1]), one[0]))
             self._held = ""
-            return text[: start + len(self._matched) if self._rules.include_stop else start]
+            return text[: start + len(self.matched) if self._rules.include_stop else start]
         self._held = text[self._first_possible_start(text) :]
         return text[: len(text) - len(self._held)]
 
@@ -215,21 +206,34 @@ class Completion:
         assert event.usage is not None
         usage = replace(event.usage, completion_tokens=self._num_tokens)
         return msgspec.structs.replace(
-            shown, finish=FinishReason.STOP, stop=self._matched, usage=usage
+            shown, finish=FinishReason.STOP, stop=self.matched, usage=usage
         )
 
 
 async def stream(
     engine: Engine, tokenizer: Tokenizer, request: EngineRequest, rules: TextRules
 ) -> AsyncGenerator[TextEvent]:
-    """Text events of one request; exactly one is final. Closing this early aborts the request."""
+    """Text events of one request; exactly one is final, a stop or length. Closing this early aborts the request.
+
+    Raises Cancelled or DeadlineExceeded for a request that was ended, and what the engine refuses it with.
+    """
     completion = Completion(tokenizer, rules)
     async with aclosing(engine.generate(request)) as events:
         async for event in events:
             before = completion.matched
             shown = completion.push(event)
-            if completion.matched is not None and before is None and event.finish is None:
+            if shown.finish is not None:
+                raise_if_ended(shown.finish)
+            elif completion.matched is not None and before is None:
                 # Before yielding: a slow reader must not hold blocks.
                 await engine.abort(request.request_id)
             if shown.text or shown.token_ids or shown.prompt_logprobs or shown.finish is not None:
                 yield shown
+
+
+def raise_if_ended(finish: FinishReason | None) -> None:
+    """Raise Cancelled or DeadlineExceeded for the end of a request that did not end by itself."""
+    if finish is FinishReason.ABORT:
+        raise Cancelled("aborted by its id")
+    if finish is FinishReason.DEADLINE:
+        raise DeadlineExceeded("the deadline has passed")

@@ -13,14 +13,13 @@ import msgspec
 
 from vivace.engine.completion import TextEvent, stream
 from vivace.engine.concurrent import merge
-from vivace.engine.errors import Cancelled, DeadlineExceeded
-from vivace.engine.events import EngineRequest, FinishReason, TokenLogprobs
+from vivace.engine.events import EngineRequest, TokenLogprobs
 from vivace.engine.runtimes import Engine
 from vivace.engine.sampling import Replies, TextRules
 from vivace.engine.tokenizer import Tokenizer
 
 
-async def stream_replies(
+def stream_replies(
     engine: Engine,
     tokenizer: Tokenizer,
     request: EngineRequest,
@@ -35,12 +34,18 @@ async def stream_replies(
     all have ended.
     """
     if replies.best_of == 1:
-        async with aclosing(stream(engine, tokenizer, request, rules)) as events:
-            async for event in events:
-                if event.finish is not None:
-                    raise_if_ended(event.finish)
-                yield event
-        return
+        return stream(engine, tokenizer, request, rules)
+    return _several(engine, tokenizer, request, rules=rules, replies=replies)
+
+
+async def _several(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    request: EngineRequest,
+    *,
+    rules: TextRules,
+    replies: Replies,
+) -> AsyncGenerator[TextEvent]:
     drawn: list[list[TextEvent]] = [[] for _ in range(replies.best_of)]
     name = request.request_id
     sources = [
@@ -58,14 +63,6 @@ async def stream_replies(
             drawn, replies.n, keeps_logprobs=request.sampling.logprobs is not None
         ):
             yield event
-
-
-def raise_if_ended(finish: FinishReason | None) -> None:
-    """Raise Cancelled or DeadlineExceeded for the end of a request that did not end by itself."""
-    if finish is FinishReason.ABORT:
-        raise Cancelled("aborted by its id")
-    if finish is FinishReason.DEADLINE:
-        raise DeadlineExceeded("the deadline has passed")
 
 
 def part_id(request_id: str, index: int) -> str:
@@ -103,7 +100,6 @@ async def _one(
 ) -> AsyncGenerator[TextEvent]:
     async with aclosing(stream(engine, tokenizer, request, rules)) as events:
         async for event in events:
-            raise_if_ended(event.finish)
             yield msgspec.structs.replace(event, request_id=name, index=index)
 
 

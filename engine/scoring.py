@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
 
+from vivace.engine.completion import raise_if_ended
 from vivace.engine.concurrent import run_all
 from vivace.engine.events import (
     EngineRequest,
@@ -18,7 +19,7 @@ from vivace.engine.events import (
     TokenLogprobs,
     Usage,
 )
-from vivace.engine.replies import part_id, raise_if_ended
+from vivace.engine.replies import part_id
 from vivace.engine.runtimes import Engine
 
 PROMPT_ONLY = Sampling(

@@ -47,6 +47,7 @@ SERVED = {  # message -> its fields that are read; any other field that is set i
     },
     "TokenizeRequest": {"model", "text", "chat", "add_special_tokens", "return_tokens"},
 }  # fmt: skip
+USAGE = tuple(pb.Usage.DESCRIPTOR.fields_by_name)  # the engine's has the same names
 REASONS = {
     FinishReason.STOP: pb.Finish.REASON_STOP,
     FinishReason.LENGTH: pb.Finish.REASON_LENGTH,
@@ -76,15 +77,13 @@ def refuse_unserved(message: Any, at: str = "") -> None:
 
 
 def sampling_params(request: Request) -> SamplingParams:
-    """What the caller set; unset fields stay unset."""
-    sampling, response = request.sampling, request.response
-    found: dict[str, Any] = {
-        name: getattr(sampling, name) for name in SAMPLING if sampling.HasField(name)
-    }
-    found |= {name: getattr(response, name) for name in RESPONSE if response.HasField(name)}
-    found |= {name: list(getattr(sampling, name)) for name in LISTS if getattr(sampling, name)}
-    if sampling.logit_bias:
-        found["logit_bias"] = dict(sampling.logit_bias)
+    """What the caller set; unset fields stay unset. `refuse_unserved` has seen the request."""
+    found: dict[str, Any] = {}
+    for part in (request.sampling, request.response):
+        for field, value in part.ListFields():  # those that are set: far fewer than there are
+            found[field.name] = list(value) if field.name in LISTS else value
+    if "logit_bias" in found:
+        found["logit_bias"] = dict(found["logit_bias"])
     return SamplingParams(**found)
 
 
@@ -131,11 +130,12 @@ def response(event: TextEvent) -> pb.GenerateResponse:
         index=event.index,
         text=event.text,
         token_ids=event.token_ids,
-        logprobs=map(_place, event.logprobs),
-        prompt_logprobs=map(_place, event.prompt_logprobs),
+        finish=None if event.finish is None else _finish(event),
     )
-    if event.finish is not None:
-        message.finish.CopyFrom(_finish(event))
+    if event.logprobs:
+        message.logprobs.extend(map(_place, event.logprobs))
+    if event.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_place, event.prompt_logprobs))
     return message
 
 
@@ -263,5 +263,4 @@ def _place(place: TokenLogprobs | None) -> pb.TokenLogprobs:
 
 
 def _usage(usage: Usage) -> pb.Usage:
-    names = pb.Usage.DESCRIPTOR.fields_by_name  # the two have the same names
-    return pb.Usage(**{name: getattr(usage, name) for name in names})
+    return pb.Usage(**{name: getattr(usage, name) for name in USAGE})

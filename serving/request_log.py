@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TextIO
 
 from vivace.engine.completion import TextEvent
@@ -40,12 +40,14 @@ class LogEntry:
     def line(self) -> str:
         """The record, now that the request has ended."""
         self.total_ms = self._elapsed_ms()
-        record = {"time": round(time.time(), 3), "event": "request", **asdict(self)}
-        del record["started"]
-        return json.dumps(record)
+        known = {name: getattr(self, name) for name in SHOWN}
+        return json.dumps({"time": round(time.time(), 3), "event": "request", **known})
 
     def _elapsed_ms(self) -> float:
         return round((time.monotonic() - self.started) * 1e3, 3)
+
+
+SHOWN = tuple(one.name for one in fields(LogEntry) if one.name != "started")
 
 
 class RequestLog:

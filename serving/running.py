@@ -2,8 +2,8 @@
 
 import asyncio
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class RunningRequests:
         Parts of a request that runs already may begin while the server drains.
         `request_id` None: one is made. Raises InvalidRequest, AlreadyExists, Overloaded or NotReady before it begins.
         """
-        name = uuid.uuid4().hex if request_id is None else request_id
+        name = secrets.token_hex(16) if request_id is None else request_id
         is_good_name = REQUEST_ID.fullmatch(name) is not None
         entry = LogEntry(id=name if is_good_name else "(bad)", rpc=rpc)
         task = asyncio.current_task()
