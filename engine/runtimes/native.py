@@ -89,7 +89,9 @@ class _Stream:
         self._events: list[TokenEvent] = []
         self._prompt_logprobs: list[TokenLogprobs | None] = []  # of the event to come
         self._error: EngineError | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = (
+            None  # of the one who takes, while there is nothing
+        )
 
     def hold(self, piece: tuple[TokenLogprobs | None, ...]) -> None:
         if not self.is_left:
@@ -104,12 +106,12 @@ class _Stream:
             event = msgspec.structs.replace(event, prompt_logprobs=tuple(self._prompt_logprobs))
             self._prompt_logprobs.clear()
         self._events.append(event)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: EngineError) -> None:
         self._error = error
         self.ended.set()
-        self._changed.set()
+        self._wake()
 
     def leave(self) -> None:
         self.is_left = True
@@ -118,14 +120,20 @@ class _Stream:
 
     async def take(self) -> TokenEvent:
         """All that has come since the last one. Raises what the request failed with, once all events are taken."""
-        await self._changed.wait()
+        if not self._events and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._events:
             events, self._events = self._events, []
-            if self._error is None:
-                self._changed.clear()
             return events[0] if len(events) == 1 else _merged(events)
         assert self._error is not None
         raise self._error
+
+    def _wake(self) -> None:
+        if (
+            self._waiter is not None and not self._waiter.done()
+        ):  # else it was cancelled, or told already
+            self._waiter.set_result(None)
 
 
 class NativeEngine:
