@@ -243,9 +243,18 @@ def test_a_cancelled_task_cancels_its_call(fake):
     async def test(client):
         stream = client.generate("endless")
         await anext(stream)
-        for waits in (anext(stream), client.complete("endless"), client.batch(["endless"])):
-            task = asyncio.ensure_future(waits)
-            await asyncio.sleep(0.1)
+        calls = (
+            (1, lambda: anext(stream)),
+            (2, lambda: client.complete("endless")),
+            (3, lambda: client.batch(["endless"])),
+        )
+        for number, start in calls:
+            task = asyncio.ensure_future(start())
+            await asyncio.sleep(0.05)
+            while (
+                len(fake.requests) < number
+            ):  # a call that has not arrived would not be seen to end
+                await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
