@@ -89,9 +89,7 @@ class _Stream:
         self._events: list[TokenEvent] = []
         self._prompt_logprobs: list[TokenLogprobs | None] = []  # of the event to come
         self._error: EngineError | None = None
-        self._waiter: asyncio.Future[None] | None = (
-            None  # of the one who takes, while there is nothing
-        )
+        self._waiter: asyncio.Future[None] | None = None  # of who takes, while nothing has come
 
     def hold(self, piece: tuple[TokenLogprobs | None, ...]) -> None:
         if not self.is_left:
@@ -130,9 +128,8 @@ class _Stream:
         raise self._error
 
     def _wake(self) -> None:
-        if (
-            self._waiter is not None and not self._waiter.done()
-        ):  # else it was cancelled, or told already
+        # One that is done was cancelled, or is awake already.
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
