@@ -339,7 +339,7 @@ class NativeEngine:
 
     async def _exit_reason(self) -> str:
         """How the process ended; its socket closes a moment before it can be waited for."""
-        for _ in range(50):
+        for _ in range(200):
             if self._process.poll() is not None:
                 return f"the engine process {_end_of(self._process.returncode)}"
             await asyncio.sleep(0.01)
