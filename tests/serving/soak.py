@@ -60,7 +60,8 @@ def health_watched(target):
         yield
     finally:
         probe.terminate()
-        answers = [line.split() for line in probe.communicate()[0].splitlines()]
+        # The last line may be cut short: the probe was ended while it wrote.
+        answers = [line.split() for line in probe.communicate()[0].splitlines()[:-1]]
     times = [float(ms) for _, ms in answers]
     cuts = quantiles(times, n=100)
     print(
