@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from vivace.engine import chat_worker, conversation
 from vivace.engine.control_tokens import ControlTokens, Marks, choose_marks
 from vivace.engine.conversation import Conversation
-from vivace.engine.errors import ArtifactError, FailedPrecondition
+from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
 from vivace.engine.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -48,7 +48,11 @@ class ChatEncoder:
         length = sum(len(message.content or "") for message in wanted.messages)
         is_long = length >= LONG_TEXT_CHARS
         frame, marks = await _run(is_long, self._prepare, wanted)
-        rendered = await self._worker.render(frame)
+        try:
+            rendered = await self._worker.render(frame)
+        except InvalidRequest as error:  # a template may quote what it complains of
+            words = str(error).replace(marks.any, "").replace(marks.special, "")
+            raise InvalidRequest(words) from error
         return await _run(is_long, self._control.encode, rendered, marks)
 
     async def close(self) -> None:

@@ -60,6 +60,19 @@ class ControlTokens:
         special = {one: token for one, token in control.items() if token.special}
         self._any, self._special = _Kind.of(control), _Kind.of(special)
         self.ids = self._any.ids
+        # The first letter of what goes on as a special token does; never of another added token, which templates look for.
+        starts = {token.content[:2] for token in special.values()}
+        others = [token.content for one, token in control.items() if one not in special]
+        self._may_be_special = re.compile(
+            "|".join(
+                f"{re.escape(start[0])}(?={re.escape(start[1:])})"
+                + "".join(
+                    f"(?<!(?={re.escape(other)}).)" for other in others if other[0] == start[0]
+                )
+                for start in sorted(starts)
+            )
+            or r"(?!)"
+        )
         # Such are looked for in text that has been normalised: other characters may become their first.
         self._is_normalized = any(token.normalized for token in control.values())
 
@@ -70,7 +83,7 @@ class ControlTokens:
             if role in OPERATOR_ROLES:
                 return str
             if role == "assistant":
-                return lambda text: self._marked(text, marks.special, self._special.first)
+                return lambda text: self._may_be_special.sub(rf"\g<0>{marks.special}", text)
             return lambda text: self._marked(text, marks.any, self._any.first)
 
         return of_role

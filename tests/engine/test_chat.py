@@ -93,6 +93,23 @@ def test_honest_text_has_the_ids_of_transformers(tmp_path, template):
     assert ids == want["input_ids"]
 
 
+def test_a_template_finds_the_thoughts_of_an_assistant(tmp_path):
+    said = turns(("user", "x"), ("assistant", "<think>secret</think>answer <|im_end|>"))
+    [ids] = encode(encoder(tmp_path, THINKING), Conversation(said, False))
+    text = Tokenizer.load(tmp_path).decode(ids, skip_special_tokens=False)
+    assert (
+        text
+        == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nanswer <|im_end|><|im_end|>\n"
+    )
+    assert control_ids(ids).count("<|im_end|>") == 2
+
+
+def test_a_complaint_quotes_what_was_written(tmp_path):
+    chat = encoder(tmp_path, "{{ raise_exception('no ' + messages[0].content) }}")
+    with pytest.raises(InvalidRequest, match=r"no a <b$"):
+        encode(chat, Conversation(turns(("user", "a <b"))))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama3.2", "minimind"])
 def test_honest_text_has_the_ids_of_real_tokenizers(shared_data, tmp_path, name):
     packed = (shared_data / "tokenizers" / name / "tokenizer.json.zst").read_bytes()
