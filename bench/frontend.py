@@ -1,23 +1,21 @@
 """What the service costs beside its engine: our front-end over an engine that answers at once, against a bare echo.
 
-Three processes: this one is the load generator, the same for both, and reads messages without parsing them; the two
-servers (`frontend_server.py`) are called in turn. The CPU of each says which one the rate hangs on.
+Three processes: this one is the load generator, the same for both, which keeps bytes and looks into them when the time has
+been taken (`http2.py`); the two servers (`frontend_server.py`) are called in turn. The CPU of each says which one the rate
+hangs on.
 """
 
-import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import IO
 
-import grpc
-import uvloop
-
+from vivace.bench import http2
 from vivace.bench.frontend_server import HOST
 from vivace.bench.result import Figure, figure
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
@@ -26,6 +24,7 @@ COMMAND = (sys.executable, "-P", "-m", "vivace.bench.frontend_server")
 SERVICE = f"/{pb.DESCRIPTOR.services_by_name['Inference'].full_name}"
 PROMPT = "How many days does delivery take?"
 STOP_S = 10
+TIMEOUT_S = 60.0  # for anything to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,48 +38,6 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """A process that serves."""
-
-    orders: IO[str]
-    answers: IO[str]
-    port: int
-
-    def cpu_s(self) -> float:
-        """CPU time of all its threads so far."""
-        print(file=self.orders, flush=True)
-        return float(self.answers.readline())
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A server and a connection to it."""
-
-    server: Server
-    channel: grpc.aio.Channel
-
-    async def stream(self, num_tokens: int) -> int:
-        """Messages of one Generate."""
-        call = self.channel.unary_stream(f"{SERVICE}/Generate")(_request(num_tokens))
-        return sum([1 async for _ in call])
-
-    async def first_ms(self) -> float:
-        """Until the first message of a Generate."""
-        start = time.perf_counter()
-        call = self.channel.unary_stream(f"{SERVICE}/Generate")(_request(1))
-        await call.read()
-        taken = time.perf_counter() - start
-        await call.read()
-        return taken * 1e3
-
-    async def unary_ms(self) -> float:
-        """A GenerateUnary of one token."""
-        start = time.perf_counter()
-        await self.channel.unary_unary(f"{SERVICE}/GenerateUnary")(_request(1))
-        return (time.perf_counter() - start) * 1e3
-
-
-@dataclass(frozen=True, slots=True)
 class Streams:
     """One round of concurrent streams."""
 
@@ -89,29 +46,50 @@ class Streams:
     client_us: float
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A process that serves, and a connection to it."""
+
+    orders: IO[str]
+    answers: IO[str]
+    connection: http2.Connection
+
+    def cpu_s(self) -> float:
+        """CPU time of all its threads so far."""
+        print(file=self.orders, flush=True)
+        return float(self.answers.readline())
+
+    def streams(self, load: Load) -> Streams:
+        """Calls of Generate at the same time, until the last has ended."""
+        requests = [_request(load.messages)] * load.streams
+        cpu, own, start = self.cpu_s(), time.process_time(), time.perf_counter()
+        bodies = self.connection.call(f"{SERVICE}/Generate", requests)
+        wall, own = time.perf_counter() - start, time.process_time() - own
+        cpu = self.cpu_s() - cpu
+        total = load.streams * load.messages
+        for body in bodies:
+            _check(http2.messages(body), load.messages)
+        return Streams(total / wall, server_us=cpu * 1e6 / total, client_us=own * 1e6 / total)
+
+    def median_ms(self, method: str, load: Load) -> float:
+        """Of calls for one token, one after another."""
+        times, bodies = [], []
+        for _ in range(load.calls):
+            start = time.perf_counter()
+            bodies += self.connection.call(f"{SERVICE}/{method}", [_request(1)])
+            times.append((time.perf_counter() - start) * 1e3)
+        for body in bodies:
+            _check(http2.messages(body), 1)
+        return median(times)
+
+
 def measure(model: Path, load: Load) -> list[Figure]:
     """Rates, latencies and CPU of both, and their ratios round by round. The first round warms up and is not counted."""
-    with (
-        _server("service", model) as service,
-        _server("echo", model) as echo,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        return runner.run(_measure((service, echo), load))
-
-
-async def _measure(servers: Sequence[Server], load: Load) -> list[Figure]:
-    async with AsyncExitStack() as stack:
-        targets = [
-            Target(
-                one,
-                await stack.enter_async_context(grpc.aio.insecure_channel(f"{HOST}:{one.port}")),
-            )
-            for one in servers
-        ]
-        rounds = range(load.rounds + 1)
-        streams = [[await _streams(one, load) for one in targets] for _ in rounds][1:]
-        unary = [[await _median_ms(one.unary_ms, load) for one in targets] for _ in rounds][1:]
-        first = [[await _median_ms(one.first_ms, load) for one in targets] for _ in rounds][1:]
+    with server("service", model) as service, server("echo", model) as echo:
+        both, rounds = (service, echo), range(load.rounds + 1)
+        streams = [[one.streams(load) for one in both] for _ in rounds][1:]
+        unary = [[one.median_ms("GenerateUnary", load) for one in both] for _ in rounds][1:]
+        short = [[one.median_ms("Generate", load) for one in both] for _ in rounds][1:]
     name = f"{load.streams} streams"
     return [
         *_pair(f"{name}, messages/s", [(a.rate, b.rate) for a, b in streams]),
@@ -127,7 +105,7 @@ async def _measure(servers: Sequence[Server], load: Load) -> list[Figure]:
             )
         ),
         *_pair("GenerateUnary of one token, ms", unary),
-        *_pair("Generate to the first message, ms", first),
+        *_pair("Generate of one token, ms", short),
     ]
 
 
@@ -144,21 +122,10 @@ def _pair(name: str, rounds: Sequence[Sequence[float]]) -> list[Figure]:
     ]
 
 
-async def _streams(target: Target, load: Load) -> Streams:
-    cpu, own, start = target.server.cpu_s(), time.process_time(), time.perf_counter()
-    counts = await asyncio.gather(*(target.stream(load.messages) for _ in range(load.streams)))
-    wall = time.perf_counter() - start
-    total = sum(counts)
-    assert total == load.streams * load.messages
-    return Streams(
-        rate=total / wall,
-        server_us=(target.server.cpu_s() - cpu) * 1e6 / total,
-        client_us=(time.process_time() - own) * 1e6 / total,
-    )
-
-
-async def _median_ms(call: Callable[[], Awaitable[float]], load: Load) -> float:
-    return median([await call() for _ in range(load.calls)])
+def _check(found: Sequence[bytes], count: int) -> None:
+    """Raise RuntimeError for a call that failed or did not give each token a message of its own."""
+    if len(found) != count:
+        raise RuntimeError(f"a call for {count} tokens was answered with {len(found)} messages")
 
 
 def _request(num_tokens: int) -> bytes:
@@ -167,13 +134,16 @@ def _request(num_tokens: int) -> bytes:
 
 
 @contextmanager
-def _server(kind: str, model: Path) -> Iterator[Server]:
+def server(kind: str, model: Path) -> Iterator[Server]:
+    """A process of `frontend_server.py`."""
     with subprocess.Popen(
         [*COMMAND, kind, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            yield Server(process.stdin, process.stdout, int(process.stdout.readline()))
+            port = int(process.stdout.readline())
+            with closing(http2.Connection(HOST, port, timeout_s=TIMEOUT_S)) as connection:
+                yield Server(process.stdin, process.stdout, connection)
         finally:
             process.stdin.close()
             process.wait(STOP_S)

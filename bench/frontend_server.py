@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import cycle, islice
 from pathlib import Path
 
 import grpc
@@ -31,6 +32,7 @@ from vivace.engine.events import (
 from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.sampling import TextRules
 from vivace.engine.tokenizer import Tokenizer
+from vivace.serving import convert
 from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
@@ -86,42 +88,26 @@ class InstantEngine:
 
 
 class Echo(pb_grpc.InferenceServicer):
-    """Answers with messages like the service's, and does nothing else."""
+    """Answers with the service's messages, made beforehand, and does nothing else."""
 
-    def __init__(self, pieces: list[TextEvent]) -> None:
-        self._pieces = [(one.text, one.token_ids) for one in pieces]
-        self._finish = pb.Finish(
-            reason=pb.Finish.REASON_LENGTH,
-            usage=pb.Usage(
-                prompt_tokens=9, cached_tokens=0, completion_tokens=1, queue_s=0.0,
-                first_token_s=0.0, total_s=0.0, num_preemptions=0,
-            ),
-        )  # fmt: skip
+    def __init__(self, pieces: list[TextEvent], last: TextEvent) -> None:
+        self._messages = [convert.response(one) for one in pieces]
+        self._last = convert.response(last)
+        self._whole = convert.unary_response(REQUEST_ID, [last])
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """One message a token."""
-        most = request.sampling.max_tokens
-        for i in range(most):
-            text, token_ids = self._pieces[i % len(self._pieces)]
-            await context.write(
-                pb.GenerateResponse(
-                    request_id=REQUEST_ID,
-                    index=0,
-                    text=text,
-                    token_ids=token_ids,
-                    finish=self._finish if i == most - 1 else None,
-                )
-            )
+        for message in islice(cycle(self._messages), request.sampling.max_tokens - 1):
+            await context.write(message)
+        await context.write(self._last)
 
     async def GenerateUnary(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateUnaryResponse:
         """One token."""
-        text, token_ids = self._pieces[0]
-        reply = pb.Reply(index=0, text=text, token_ids=token_ids, finish=self._finish)
-        return pb.GenerateUnaryResponse(request_id=REQUEST_ID, replies=[reply])
+        return self._whole
 
 
 async def _serve(kind: str, model: Path) -> None:
@@ -134,7 +120,8 @@ async def _serve(kind: str, model: Path) -> None:
     with Path(os.devnull).open("w") as log:  # written and flushed, and kept nowhere
         if kind == "echo":
             server = grpc.aio.server()
-            servicer: pb_grpc.InferenceServicer = Echo(await _pieces(engine, tokenizer, len(reply)))
+            *pieces, last = await _events(engine, tokenizer, len(reply) + 1)
+            servicer: pb_grpc.InferenceServicer = Echo(pieces, last)
         else:
             server = grpc_server(ServerConfig())
             defaults = read_generation_defaults(model)
@@ -152,7 +139,7 @@ async def _serve(kind: str, model: Path) -> None:
         await server.stop(None)
 
 
-async def _pieces(engine: InstantEngine, tokenizer: Tokenizer, count: int) -> list[TextEvent]:
+async def _events(engine: InstantEngine, tokenizer: Tokenizer, count: int) -> list[TextEvent]:
     """What the service shows of each token of the reply."""
     sampling = Sampling(0.0, 0, 1.0, 0.0, 0, count, 0, (), None, None)
     request = EngineRequest(REQUEST_ID, (0,), sampling)

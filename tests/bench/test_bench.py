@@ -50,7 +50,7 @@ def test_the_front_end_benchmark_compares_the_service_with_an_echo(capsys):
         "3 streams, messages/s": "3 streams",
         "3 streams, server CPU us a message": "3 streams, server CPU us a message",
         "GenerateUnary of one token, ms": "GenerateUnary of one token",
-        "Generate to the first message, ms": "Generate to the first message",
+        "Generate of one token, ms": "Generate of one token",
     }
     names = {f"{whose}, {name}" for whose in ("service", "echo") for name in compared}
     names |= {f"ratio, {name}" for name in compared.values()}
