@@ -20,7 +20,8 @@ from vivace.engine.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not (yet) a character
 MAX_UNSURE = 3  # replacements at the end of a text that more bytes may still turn into a character
-KEPT_TOKENS = 8  # decoded again before new ones: more than a character takes, and decoders look at their neighbours
+MAX_TOKENS = 4  # decoded again with each new one, where characters end with tokens: decoding takes the longest
+KEPT_TOKENS = 8  # likewise in the middle of a character: more than one takes
 
 
 class TextEvent(msgspec.Struct, frozen=True):
@@ -87,10 +88,19 @@ class Detokenizer:
         sure = max(self._num_shown, _num_sure(text))
         piece = text[self._num_shown : sure]
         self._num_shown = sure
-        if len(self._ids) >= 2 * KEPT_TOKENS:
+        if len(self._ids) >= MAX_TOKENS:
+            self._forget(is_whole=sure == len(text))
+        return piece
+
+    def _forget(self, *, is_whole: bool) -> None:
+        """Drop tokens that the text to come does not depend on: at the end of a character all but one, which decoders may
+        look at. What is left decodes to other text, perhaps, but to as much of it as is never shown again."""
+        if is_whole:
+            self._ids = self._ids[-1:]
+            self._num_shown = len(self._decode(self._ids))
+        elif len(self._ids) >= 2 * KEPT_TOKENS:
             self._ids = self._ids[-KEPT_TOKENS:]
             self._num_shown = _num_sure(self._decode(self._ids))
-        return piece
 
     def _rest(self) -> str:
         return self._decode(self._ids)[self._num_shown :]

@@ -168,10 +168,20 @@ def test_special_tokens_between_the_bytes_of_a_character_are_left_out(byte_token
     assert "".join(pieces_of(byte_tokenizer, ids, skip=False)) == "a<|end|>b"
 
 
-@pytest.mark.parametrize("kind", ["byte_tokenizer", "fallback_tokenizer"])
-def test_a_long_text_costs_no_more_per_token_than_a_short_one(request, kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "text", "most"),
+    [
+        ("byte_tokenizer", SCRIPTS["English"] * 50, 4),
+        ("byte_tokenizer", SCRIPTS["Hindi"] * 50, 8),
+        ("fallback_tokenizer", SCRIPTS["Hindi"] * 50, 8),
+        ("byte_tokenizer", None, 16),  # no characters at all
+    ],
+)
+def test_a_long_text_costs_no_more_per_token_than_a_short_one(
+    request, kind, text, most, monkeypatch
+):
     tokenizer = request.getfixturevalue(kind)
-    ids = tokenizer.encode(SCRIPTS["Hindi"] * 50)
+    ids = [0x80] * 200 if text is None else tokenizer.encode(text)
     lengths = []
     plain = Tokenizer.decode
 
@@ -181,7 +191,7 @@ def test_a_long_text_costs_no_more_per_token_than_a_short_one(request, kind, mon
 
     monkeypatch.setattr(Tokenizer, "decode", decode)
     pieces_of(tokenizer, ids)
-    assert max(lengths) <= 16
+    assert max(lengths) <= most
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama3.2", "minimind"])
