@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from vivace.engine import core, wire
+from vivace.engine import collector, core, wire
 from vivace.engine.config import Config
 from vivace.engine.core import EngineCore
 from vivace.engine.errors import ArtifactError, EngineError
@@ -149,6 +149,7 @@ def run(path: str, load: Load) -> None:
     loop = Loop(channel)
     threading.Thread(target=_read, args=(channel, loop), daemon=True).start()
     loop.load(load)
+    collector.settle()
     loop.run()
 
 

@@ -27,29 +27,30 @@ class Running:
     id: str
     deadline: float | None  # of `time.monotonic()`
     entry: LogEntry
-    task: "asyncio.Task[Any]"
     writing_since: float | None = None  # the client has not taken a message since then
     end: EngineError | None = None  # why the server ended it from outside
 
     async def write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
         """Send a message; waits while the client does not read."""
         self.writing_since = time.monotonic()
+        # All that are ready make their messages first: those that are sent one right after the other wake gRPC's thread once.
+        await asyncio.sleep(0)
         await context.write(message)
         self.writing_since = None
 
-    def cancel(self, error: EngineError) -> None:
-        """End it with an error that is not its own fault."""
-        self.end = error
-        self.task.cancel()
-
 
 class RunningRequests:
-    """All of them. `max_requests` bounds what the front-end holds; the engine has a bound of its own."""
+    """All of them. `max_requests` bounds what the front-end holds, and half of it is left to parts of what runs already; the
+    engine has a bound of its own.
+    """
 
     def __init__(self, log: RequestLog, *, max_requests: int) -> None:
         self._log = log
         self._max_requests = max_requests
         self._requests: dict[str, Running] = {}
+        # Not in `Running`: a task keeps the error that it ended with, that its frames, and they their `Running`. Such a ring
+        # waits for the garbage collector, and a burst of refusals would make thousands.
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = asyncio.Event()
@@ -71,13 +72,18 @@ class RunningRequests:
         running = self._requests.get(request_id)
         if running is None or running.end is not None:
             return False
-        running.cancel(Cancelled("aborted by its id"))
+        self._cancel(running, Cancelled("aborted by its id"))
         return True
 
     def abort_all(self, error: EngineError) -> None:
         """End every request."""
         for running in list(self._requests.values()):
-            running.cancel(error)
+            self._cancel(running, error)
+
+    def _cancel(self, running: Running, error: EngineError) -> None:
+        """End it with an error that is not its own fault."""
+        running.end = error
+        self._tasks[running.id].cancel()
 
     @contextmanager
     def run(
@@ -96,9 +102,7 @@ class RunningRequests:
         name = secrets.token_hex(16) if request_id is None else request_id
         is_good_name = REQUEST_ID.fullmatch(name) is not None
         entry = LogEntry(id=name if is_good_name else "(bad)", rpc=rpc)
-        task = asyncio.current_task()
-        assert task is not None
-        running = Running(name, deadline, entry, task)
+        running = Running(name, deadline, entry)
         try:
             if not is_good_name:
                 raise InvalidRequest(
@@ -125,14 +129,16 @@ class RunningRequests:
             raise NotReady("the server is draining")
         if running.id in self._requests:
             raise AlreadyExists(f"request_id {running.id!r} is in use")
-        if len(self._requests) >= self._max_requests:
+        if len(self._requests) >= (self._max_requests if is_part else self._max_requests // 2):
             raise Overloaded(f"{len(self._requests)} requests are already running or waiting")
-        self._requests[running.id] = running
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests[running.id], self._tasks[running.id] = running, task
         self._idle.clear()
         try:
             yield
         finally:
-            del self._requests[running.id]
+            del self._requests[running.id], self._tasks[running.id]
             if not self._requests:
                 self._idle.set()
 
@@ -144,7 +150,7 @@ class RunningRequests:
             for running in list(self._requests.values()):
                 since = running.writing_since
                 if since is not None and since < before and running.end is None:
-                    running.cancel(SlowReader(f"the client has not read for {limit_s:g} s"))
+                    self._cancel(running, SlowReader(f"the client has not read for {limit_s:g} s"))
 
 
 def _why_ended(deadline: float | None) -> str:

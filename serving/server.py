@@ -17,6 +17,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
+from vivace.engine import collector
 from vivace.engine.chat import ChatEncoder
 from vivace.engine.config import Config, ServerConfig
 from vivace.engine.errors import ArtifactError, ConfigError, EngineDied
@@ -70,6 +71,7 @@ def run(config: ServerConfig, launches: Mapping[str, Launch], on_progress: Progr
     """
 
     def say_ready(port: int) -> None:
+        collector.settle()
         where = target_of(config.host, port)
         print(f"vivace: serving {', '.join(launches)} on {where}", flush=True)
 

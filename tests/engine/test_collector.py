@@ -1,0 +1,20 @@
+"""`engine/collector.py`: what is there when a process begins to serve is never looked at again."""
+
+import subprocess
+import sys
+
+SETTLE = """
+import gc
+from vivace.engine import collector
+lasting = [[] for _ in range(1000)]
+collector.settle()
+seen = {id(found) for found in gc.get_objects()}
+print(sum(id(one) in seen for one in lasting), gc.isenabled(), gc.get_threshold()[2])
+"""
+
+
+def test_what_lasts_is_not_collected_and_full_collections_are_rare():
+    done = subprocess.run(
+        [sys.executable, "-c", SETTLE], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "True", "1000"]
