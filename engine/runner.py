@@ -25,7 +25,15 @@ from vivace.kernels.buffer import Buffer, DType
 
 Array = np.ndarray[Any, Any]
 
-BYTES = {DType.FP32: 4, DType.FP16: 2, DType.BF16: 2, DType.INT32: 4, DType.INT64: 8}
+BYTES = {
+    DType.FP32: 4,
+    DType.FP16: 2,
+    DType.BF16: 2,
+    DType.INT8: 1,
+    DType.UINT8: 1,
+    DType.INT32: 4,
+    DType.INT64: 8,
+}
 MAX_BOUND = 256  # sizes whose views are kept: decode steps come back to the same few
 
 

@@ -10,6 +10,8 @@ class DType(Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    UINT8 = "uint8"
     INT32 = "int32"
     INT64 = "int64"
 
@@ -40,6 +42,6 @@ def expect(name: str, buffer: Buffer, *shape: int | None) -> tuple[int, ...]:
 
 
 def expect_dtype(name: str, buffer: Buffer, dtype: str) -> None:
-    """Raise ValueError unless the elements are of this type (`float32`, `int32`, `int64`)."""
+    """Raise ValueError unless the elements are of this type (`float32`, `uint8`, `int32`, `int64`)."""
     if str(buffer.dtype).removeprefix("torch.") != dtype:
         raise ValueError(f"{name} must hold {dtype}, got {buffer.dtype}")

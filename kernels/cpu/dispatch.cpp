@@ -9,21 +9,66 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 3;
+constexpr int32_t kAbi = 4;
+
+// What the instruction sets below start from; each replaces the ops that it has of its own.
+constexpr cpu::Kernels kPortable = {
+    .linear = cpu::linear_portable,
+    .embed = cpu::embed_portable,
+    .rmsnorm = cpu::rmsnorm_portable,
+    .add_rmsnorm = cpu::add_rmsnorm_portable,
+    .rope_table = cpu::rope_table_portable,
+    .rope_kv_write = cpu::rope_kv_write_portable,
+    .attention = cpu::attention_portable,
+    .gated = cpu::gated_portable,
+    .softcap = cpu::softcap_portable,
+    .add = cpu::add_portable,
+    .moe_route = cpu::moe_route_portable,
+    .expert_linear = cpu::expert_linear_portable,
+    .moe_combine = cpu::moe_combine_portable,
+    .take_rows = cpu::take_rows_portable,
+    .sample = cpu::sample_portable,
+    .logprobs = cpu::logprobs_portable,
+    .kv_read = cpu::kv_read_portable,
+};
+
+#ifdef VIVACE_X86
+constexpr cpu::Kernels avx2() {
+  cpu::Kernels k = kPortable;
+  return k;
+}
+
+constexpr cpu::Kernels avx512() {
+  cpu::Kernels k = avx2();
+  return k;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+bool has_any() { return true; }
 
 struct Isa {
   const char* name;
   cpu::Kernels kernels;
+  bool (*is_there)();  // on this CPU
 };
 
-// Best last. A CPU that lacks an entry's instructions is asked for it nowhere but in `vivace_best_isa`.
+// Best last.
 constexpr Isa kIsas[] = {
-    {"portable",
-     {cpu::linear_portable, cpu::embed_portable, cpu::rmsnorm_portable, cpu::add_rmsnorm_portable,
-      cpu::rope_table_portable, cpu::rope_kv_write_portable, cpu::attention_portable, cpu::gated_portable,
-      cpu::softcap_portable, cpu::add_portable, cpu::moe_route_portable, cpu::expert_linear_portable,
-      cpu::moe_combine_portable, cpu::take_rows_portable, cpu::sample_portable, cpu::logprobs_portable,
-      cpu::kv_read_portable}},
+    {"portable", kPortable, has_any},
+#ifdef VIVACE_X86
+    {"avx2", avx2(), has_avx2},
+    {"avx512", avx512(), has_avx512},
+#endif
 };
 constexpr int32_t kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);
 
@@ -39,10 +84,10 @@ EXPORT int32_t vivace_abi() { return kAbi; }
 
 EXPORT const char* vivace_isa_name(int32_t isa) { return isa >= 0 && isa < kNumIsas ? kIsas[isa].name : nullptr; }
 
-EXPORT int32_t vivace_best_isa() { return kNumIsas - 1; }
+EXPORT int32_t vivace_has_isa(int32_t isa) { return isa >= 0 && isa < kNumIsas && kIsas[isa].is_there(); }
 
 EXPORT void* vivace_context_create(int32_t isa, int32_t threads) {
-  if (isa < 0 || isa >= kNumIsas || threads < 1) return nullptr;
+  if (!vivace_has_isa(isa) || threads < 1) return nullptr;
   return new (std::nothrow) Context(kIsas[isa].kernels, threads);
 }
 

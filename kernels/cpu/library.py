@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-ABI = 3
+ABI = 4
 PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
 
 Array = np.ndarray[Any, Any]
@@ -74,13 +74,19 @@ class Library:
 
         return call
 
+    def isas(self) -> dict[str, int]:
+        """The instruction sets that the library has and this CPU too, by name, the best last."""
+        number, found = 0, {}
+        while (name := self._library.vivace_isa_name(number)) is not None:
+            if self._library.vivace_has_isa(number):
+                found[name.decode()] = number
+            number += 1
+        return found
+
     def _isa(self, isa: str | None) -> int:
+        there = self.isas()
         if isa is None:
-            best: int = self._library.vivace_best_isa()
-            return best
-        known: list[str] = []
-        while (name := self._library.vivace_isa_name(len(known))) is not None:
-            known.append(name.decode())
-        if isa not in known:
-            raise ValueError(f"isa must be one of {', '.join(known)}, got {isa!r}")
-        return known.index(isa)
+            return list(there.values())[-1]
+        if isa not in there:
+            raise ValueError(f"isa must be one of {', '.join(there)} on this CPU, got {isa!r}")
+        return there[isa]

@@ -11,6 +11,8 @@ ALIGNMENT = 64
 DTYPES = {
     DType.FP32: np.float32,
     DType.FP16: np.float16,
+    DType.INT8: np.int8,
+    DType.UINT8: np.uint8,
     DType.INT32: np.int32,
     DType.INT64: np.int64,
 }

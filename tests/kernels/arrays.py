@@ -1,14 +1,28 @@
 """Arrays in and out of a backend: outputs start as NaN or -1, so what is not written cannot pass."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vivace.kernels.backend import Backend, load
+from vivace.kernels.cpu.library import Library
 
-BACKENDS = (Backend.REFERENCE, Backend.CPU)
+
+@dataclass(frozen=True)
+class Isa:
+    """The CPU backend with one instruction set."""
+
+    value: str
+
+
+ISAS = tuple(map(Isa, Library(threads=1).isas()))
+BACKENDS = (Backend.REFERENCE, *ISAS)
 
 
 def ops_of(backend, threads=1):
-    """The ops of a backend."""
+    """The ops of a backend; of the CPU, with the best instruction set unless one is named."""
+    if isinstance(backend, Isa):
+        return load(Backend.CPU, threads=threads, isa=backend.value)
     return load(backend, threads=threads) if backend is Backend.CPU else load(backend)
 
 
