@@ -14,13 +14,17 @@ from vivace.kernels import (
     add_rmsnorm,
     attention,
     embed,
+    embed_int8,
     expert_linear,
     gated,
     kv_read,
     linear,
+    linear_int4,
+    linear_int8,
     logprobs,
     moe_combine,
     moe_route,
+    quantize,
     rmsnorm,
     rope_kv_write,
     rope_table,
@@ -47,7 +51,11 @@ class Ops:
         [], int
     ]  # how many ops have finished; a watchdog may call it from another thread
     linear: linear.Run
+    quantize: quantize.Run
+    linear_int8: linear_int8.Run
+    linear_int4: linear_int4.Run
     embed: embed.Run
+    embed_int8: embed_int8.Run
     rmsnorm: rmsnorm.Run
     add_rmsnorm: add_rmsnorm.Run
     rope_table: rope_table.Run
@@ -87,7 +95,7 @@ def load(
 
 def _load_cpu(threads: int, isa: str | None) -> Ops:
     library = import_module("vivace.kernels.cpu.library").Library(threads=threads, isa=isa)
-    memory = import_module("vivace.kernels.memory.cpu").CpuMemory()
+    memory = import_module("vivace.kernels.memory.cpu").CpuMemory(library)
     return _ops(memory, lambda module: import_module(f"{module}.cpu").bind(library))
 
 

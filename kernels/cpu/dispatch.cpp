@@ -14,7 +14,11 @@ constexpr int32_t kAbi = 4;
 // What the instruction sets below start from; each replaces the ops that it has of its own.
 constexpr cpu::Kernels kPortable = {
     .linear = cpu::linear_portable,
+    .quantize = cpu::quantize_portable,
+    .linear_int8 = cpu::linear_int8_portable,
+    .linear_int4 = cpu::linear_int4_portable,
     .embed = cpu::embed_portable,
+    .embed_int8 = cpu::embed_int8_portable,
     .rmsnorm = cpu::rmsnorm_portable,
     .add_rmsnorm = cpu::add_rmsnorm_portable,
     .rope_table = cpu::rope_table_portable,
@@ -35,11 +39,17 @@ constexpr cpu::Kernels kPortable = {
 #ifdef VIVACE_X86
 constexpr cpu::Kernels avx2() {
   cpu::Kernels k = kPortable;
+  k.quantize = cpu::quantize_avx2;
+  k.linear_int8 = cpu::linear_int8_avx2;
+  k.linear_int4 = cpu::linear_int4_avx2;
   return k;
 }
 
 constexpr cpu::Kernels avx512() {
   cpu::Kernels k = avx2();
+  k.quantize = cpu::quantize_avx512;
+  k.linear_int8 = cpu::linear_int8_avx512;
+  k.linear_int4 = cpu::linear_int4_avx512;
   return k;
 }
 
@@ -93,6 +103,21 @@ EXPORT void* vivace_context_create(int32_t isa, int32_t threads) {
 
 EXPORT void vivace_context_destroy(void* context) { delete static_cast<Context*>(context); }
 
+EXPORT int64_t vivace_packed_int8_bytes(int64_t N, int64_t K) { return cpu::packed_int8_bytes(N, K); }
+
+EXPORT void vivace_pack_int8(uint8_t* out, const int8_t* q, const float* scales, int64_t N, int64_t K) {
+  cpu::pack_int8(out, q, scales, N, K);
+}
+
+EXPORT int64_t vivace_packed_int4_bytes(int64_t N, int64_t K, int64_t group) {
+  return cpu::packed_int4_bytes(N, K, group);
+}
+
+EXPORT void vivace_pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scales, int64_t N, int64_t K,
+                             int64_t group) {
+  cpu::pack_int4(out, q, scales, N, K, group);
+}
+
 #define OP(op, Args)                                                                  \
   EXPORT int64_t vivace_##op##_size() { return int64_t(sizeof(cpu::Args)); }          \
   EXPORT void vivace_##op(void* context, const cpu::Args* args) {                     \
@@ -101,7 +126,11 @@ EXPORT void vivace_context_destroy(void* context) { delete static_cast<Context*>
   }
 
 OP(linear, LinearArgs)
+OP(quantize, QuantizeArgs)
+OP(linear_int8, LinearInt8Args)
+OP(linear_int4, LinearInt4Args)
 OP(embed, EmbedArgs)
+OP(embed_int8, EmbedInt8Args)
 OP(rmsnorm, RmsnormArgs)
 OP(add_rmsnorm, AddRmsnormArgs)
 OP(rope_table, RopeTableArgs)

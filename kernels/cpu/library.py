@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vivace.kernels.quantized import Quantized
+
 ABI = 4
 PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
 
@@ -73,6 +75,26 @@ class Library:
             function(self._context, byref(arguments))
 
         return call
+
+    def packed_bytes(self, N: int, K: int, group: int | None) -> int:
+        """Bytes of a packed matrix."""
+        name = "vivace_packed_int8_bytes" if group is None else "vivace_packed_int4_bytes"
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_int64
+        sizes = (N, K) if group is None else (N, K, group)
+        count: int = function(*map(ctypes.c_int64, sizes))
+        return count
+
+    def pack(self, out: Array, weight: Quantized) -> None:
+        """Write a matrix into as many bytes as `packed_bytes` says."""
+        N, K = weight.shape
+        arrays = (out, weight.q, weight.scales)
+        pointers = [ctypes.c_void_p(pointer(array)) for array in arrays]
+        if weight.group is None:
+            self._library.vivace_pack_int8(*pointers, ctypes.c_int64(N), ctypes.c_int64(K))
+        else:
+            sizes = map(ctypes.c_int64, (N, K, weight.group))
+            self._library.vivace_pack_int4(*pointers, *sizes)
 
     def isas(self) -> dict[str, int]:
         """The instruction sets that the library has and this CPU too, by name, the best last."""

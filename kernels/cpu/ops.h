@@ -16,6 +16,35 @@ struct LinearArgs {
   const float* bias;    // [N] or null
   int64_t T, N, K;
 };
+struct QuantizeArgs {
+  uint8_t* q;      // [T, K]
+  float* params;   // [T, 2]: scale, zero
+  const float* x;  // [T, K]
+  int64_t T, K;
+};
+struct LinearInt8Args {
+  float* out;             // [T, N]
+  const uint8_t* q;       // [T, K]
+  const float* params;    // [T, 2]
+  const uint8_t* weight;  // packed.h
+  const float* bias;      // [N] or null
+  int64_t T, N, K;
+};
+struct LinearInt4Args {
+  float* out;             // [T, N]
+  const uint8_t* q;       // [T, K]
+  const float* params;    // [T, 2]
+  const uint8_t* weight;  // packed.h
+  const float* bias;      // [N] or null
+  int64_t T, N, K, group;
+};
+struct EmbedInt8Args {
+  float* out;             // [T, M]
+  const int32_t* tokens;  // [T]
+  const uint8_t* table;   // packed.h, [V, M]
+  int64_t T, M, V;
+  float scale;
+};
 struct EmbedArgs {
   float* out;             // [T, M]
   const int32_t* tokens;  // [T]
@@ -165,7 +194,11 @@ struct KvReadArgs {
 // One table per instruction set: what runs on this CPU is looked up once, when the library is loaded.
 struct Kernels {
   void (*linear)(Pool&, const LinearArgs&);
+  void (*quantize)(Pool&, const QuantizeArgs&);
+  void (*linear_int8)(Pool&, const LinearInt8Args&);
+  void (*linear_int4)(Pool&, const LinearInt4Args&);
   void (*embed)(Pool&, const EmbedArgs&);
+  void (*embed_int8)(Pool&, const EmbedInt8Args&);
   void (*rmsnorm)(Pool&, const RmsnormArgs&);
   void (*add_rmsnorm)(Pool&, const AddRmsnormArgs&);
   void (*rope_table)(Pool&, const RopeTableArgs&);
@@ -184,7 +217,17 @@ struct Kernels {
 };
 
 void linear_portable(Pool&, const LinearArgs&);
+void quantize_portable(Pool&, const QuantizeArgs&);
+void quantize_avx2(Pool&, const QuantizeArgs&);
+void quantize_avx512(Pool&, const QuantizeArgs&);
+void linear_int8_portable(Pool&, const LinearInt8Args&);
+void linear_int8_avx2(Pool&, const LinearInt8Args&);
+void linear_int8_avx512(Pool&, const LinearInt8Args&);
+void linear_int4_portable(Pool&, const LinearInt4Args&);
+void linear_int4_avx2(Pool&, const LinearInt4Args&);
+void linear_int4_avx512(Pool&, const LinearInt4Args&);
 void embed_portable(Pool&, const EmbedArgs&);
+void embed_int8_portable(Pool&, const EmbedInt8Args&);
 void rmsnorm_portable(Pool&, const RmsnormArgs&);
 void add_rmsnorm_portable(Pool&, const AddRmsnormArgs&);
 void rope_table_portable(Pool&, const RopeTableArgs&);
@@ -200,5 +243,11 @@ void take_rows_portable(Pool&, const TakeRowsArgs&);
 void sample_portable(Pool&, const SampleArgs&);
 void logprobs_portable(Pool&, const LogprobsArgs&);
 void kv_read_portable(Pool&, const KvReadArgs&);
+
+// Quantized matrices in the layout that the ops read (packed.h); `out` has as many bytes as the first function says.
+int64_t packed_int8_bytes(int64_t N, int64_t K);
+void pack_int8(uint8_t* out, const int8_t* q, const float* scales, int64_t N, int64_t K);
+int64_t packed_int4_bytes(int64_t N, int64_t K, int64_t group);
+void pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scales, int64_t N, int64_t K, int64_t group);
 
 }  // namespace cpu

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from vivace.kernels.buffer import Buffer, DType
+from vivace.kernels.quantized import Quantized
 
 
 class Memory(Protocol):
@@ -18,6 +19,10 @@ class Memory(Protocol):
 
     def upload(self, array: Any) -> Buffer:
         """A NumPy array on the device. May share memory with `array`, which must be contiguous."""
+        ...
+
+    def pack(self, weight: Quantized) -> Buffer:
+        """A quantized matrix as the backend's ops read it: `.shape` is (N, K), `.dtype` "int8" or "int4"."""
         ...
 
     def read(self, buffer: Buffer) -> Any:

@@ -1,13 +1,19 @@
 """NumPy arrays, aligned to cache lines."""
 
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from vivace.kernels.buffer import DType
+from vivace.kernels.cpu.library import Library
+from vivace.kernels.quantized import Quantized
 
 ALIGNMENT = 64
+HUGE_BYTES = 2 << 20
 DTYPES = {
     DType.FP32: np.float32,
     DType.FP16: np.float16,
@@ -20,8 +26,25 @@ DTYPES = {
 Array = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A quantized matrix in the library's own layout (kernels/cpu/packed.h), which is the same for all instruction sets."""
+
+    data: Array  # uint8
+    shape: tuple[int, int]
+    group: int | None  # of int4; None: int8
+
+    @property
+    def dtype(self) -> str:
+        """As ops know it."""
+        return "int8" if self.group is None else "int4"
+
+
 class CpuMemory:
     """See `kernels.memory.Memory`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """A new array, contents undefined. Raises ValueError for a type that NumPy does not have."""
@@ -40,6 +63,13 @@ class CpuMemory:
         """The array itself."""
         return array
 
+    def pack(self, weight: Quantized) -> PackedMatrix:
+        """In huge pages, if the system gives any: 2 MiB pages are read up to half as fast again."""
+        N, K = weight.shape
+        data = huge(self._library.packed_bytes(N, K, weight.group))
+        self._library.pack(data, weight)
+        return PackedMatrix(data, weight.shape, weight.group)
+
     def read(self, buffer: Array) -> Array:
         """The array itself."""
         return buffer
@@ -49,3 +79,13 @@ class CpuMemory:
     ) -> Array:
         """[N, 2, G, S, D], zeroed; memory is taken when a block is first written."""
         return np.zeros((num_blocks, 2, num_kv_heads, block_tokens, head_dim), DTYPES[dtype])
+
+
+def huge(num_bytes: int) -> Array:
+    """Zeros that begin at a huge page."""
+    raw = mmap.mmap(-1, num_bytes + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(raw, np.uint8)
+    start = -whole.__array_interface__["data"][0] % HUGE_BYTES
+    return whole[start : start + num_bytes]

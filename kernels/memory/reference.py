@@ -1,11 +1,13 @@
 """torch tensors on one device."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from vivace.kernels.buffer import DType
+from vivace.kernels.quantized import Quantized
 
 DTYPES = {
     DType.FP32: torch.float32,
@@ -16,6 +18,17 @@ DTYPES = {
     DType.INT32: torch.int32,
     DType.INT64: torch.int64,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """See `kernels.quantized.Quantized`; on the device."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    group: int | None
+    shape: tuple[int, int]
+    dtype: str
 
 
 class TorchMemory:
@@ -38,6 +51,11 @@ class TorchMemory:
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """A copy on the device."""
         return torch.tensor(array, device=self._device)
+
+    def pack(self, weight: Quantized) -> QuantizedTensor:
+        """Its arrays on the device."""
+        arrays = self.upload(weight.q), self.upload(weight.scales)
+        return QuantizedTensor(*arrays, weight.group, weight.shape, weight.dtype)
 
     def read(self, buffer: torch.Tensor) -> np.ndarray[Any, Any]:
         """The contents on the host; waits for the device."""

@@ -1,0 +1,71 @@
+// y = x W^T + bias of quantized rows by an int8 matrix. Threads split the tiles; each passes all rows by a tile while it is in
+// the cache. Bound by reading W up to 8 rows or so, by multiplying beyond.
+//
+// `Sums` is an instruction set's: `template <int R> static void rows(out, q, stride, w, K)` gives out[R][32] = the int32 sums over
+// K of R rows, each `stride` bytes behind the other, with one tile. They are exact, so no order of additions shows.
+#pragma once
+#include <cstring>
+
+#include "ops.h"
+#include "packed.h"
+
+namespace {
+
+inline uint32_t word(const uint8_t* q, int64_t count) {
+  uint32_t four = 0;
+  std::memcpy(&four, q, size_t(count < 4 ? count : 4));
+  return four;
+}
+
+template <class Sums>
+struct LinearInt8 {
+  template <int R>
+  static void step(const cpu::LinearInt8Args& a, const Int8Matrix& m, int64_t tile, int64_t t) {
+    alignas(64) int32_t sums[R][kTile];
+    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m.tile(tile), a.K);
+    const int64_t first = tile * kTile, count = std::min(kTile, a.N - first);
+    const int32_t* columns = m.sums() + first;
+    const float* scales = m.scales() + first;
+    for (int r = 0; r < R; ++r) {
+      const float scale = a.params[2 * (t + r)];
+      const int32_t zero = int32_t(a.params[2 * (t + r) + 1]);
+      float* out = a.out + (t + r) * a.N + first;
+      for (int64_t n = 0; n < count; ++n) {
+        const float y = float(sums[r][n] - zero * columns[n]) * (scale * scales[n]);
+        out[n] = a.bias ? y + a.bias[first + n] : y;
+      }
+    }
+  }
+
+  static void tiles(const void* args, int64_t begin, int64_t end) {
+    const auto& a = *static_cast<const cpu::LinearInt8Args*>(args);
+    const Int8Matrix m{a.weight, a.N, a.K};
+    for (int64_t tile = begin; tile < end; ++tile) {
+      int64_t t = 0;
+      for (int64_t left; (left = a.T - t) > 0;) {
+        if (left >= Sums::kMostRows && left != 16) {
+          step<Sums::kMostRows>(a, m, tile, t);
+          t += Sums::kMostRows;
+        } else if (Sums::kMostRows > 8 && left >= 8) {
+          step<8>(a, m, tile, t);
+          t += 8;
+        } else if (Sums::kMostRows > 4 && left >= 4) {
+          step<4>(a, m, tile, t);
+          t += 4;
+        } else if (Sums::kMostRows > 2 && left >= 2) {
+          step<2>(a, m, tile, t);
+          t += 2;
+        } else {
+          step<1>(a, m, tile, t);
+          t += 1;
+        }
+      }
+    }
+  }
+
+  static void run(cpu::Pool& pool, const cpu::LinearInt8Args& a) {
+    if (a.T > 0) pool.for_range(up(a.N, kTile), 1, tiles, &a);
+  }
+};
+
+}  // namespace

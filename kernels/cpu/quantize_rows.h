@@ -1,0 +1,67 @@
+// fp32 rows to u8, kLanes (which the including file defines) at a time. The same bytes however many these are: lo and hi do not depend on the order, and every other step
+// is one rounding of one element. Bound by reading x.
+#pragma once
+#include <cstring>
+
+#include "ops.h"
+
+namespace {
+
+struct Quantizer {
+  static constexpr int64_t W = kLanes;
+  typedef float Vector __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+  static Vector load(const float* x, int64_t count) {
+    Vector v = {};
+    std::memcpy(&v, x, size_t(count < W ? count : W) * 4);  // zeros behind the end change neither lo nor hi
+    return v;
+  }
+
+  static void row(uint8_t* q, float* params, const float* x, int64_t K) {
+    Vector lo = {}, hi = {};
+    Ints bad = {};
+    for (int64_t k = 0; k < K; k += W) {
+      const Vector v = load(x + k, K - k);
+      lo = v < lo ? v : lo;
+      hi = v > hi ? v : hi;
+      bad |= v != v;
+    }
+    float least = 0.0f, most = 0.0f;
+    bool is_bad = false;
+    for (int i = 0; i < W; ++i) {
+      least = lo[i] < least ? lo[i] : least;
+      most = hi[i] > most ? hi[i] : most;
+      is_bad |= bad[i] != 0;
+    }
+    float scale = (most - least) / 255.0f;
+    if (!(scale > 0.0f)) scale = 1.0f;
+    const float inverse = 1.0f / scale;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, to even at the half
+    const float zero = -least * inverse + kRound - kRound;
+    const Vector shift = Vector{} + kRound, factor = Vector{} + inverse;
+    const Ints offset = Ints{} + (int32_t(zero) - 0x4b400000);  // the bits of kRound
+    for (int64_t k = 0; k < K; k += W) {
+      const Vector rounded = load(x + k, K - k) * factor + shift;
+      Ints whole;
+      std::memcpy(&whole, &rounded, sizeof whole);
+      whole += offset;
+      whole = whole < 0 ? Ints{} : whole;
+      whole = whole > 255 ? Ints{} + 255 : whole;
+      const Bytes bytes = __builtin_convertvector(whole, Bytes);
+      std::memcpy(q + k, &bytes, size_t(K - k < W ? K - k : W));
+    }
+    params[0] = is_bad ? __builtin_nanf("") : scale;  // no number may come of what is none
+    params[1] = zero;
+  }
+
+  static void rows(const void* args, int64_t begin, int64_t end) {
+    const auto& a = *static_cast<const cpu::QuantizeArgs*>(args);
+    for (int64_t t = begin; t < end; ++t) row(a.q + t * a.K, a.params + 2 * t, a.x + t * a.K, a.K);
+  }
+
+  static void run(cpu::Pool& pool, const cpu::QuantizeArgs& a) { pool.for_range(a.T, 4, rows, &a); }
+};
+
+}  // namespace
