@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vivace.engine.errors import ConfigError
+from vivace.engine.models.quantize import Quantize
 from vivace.kernels.backend import Backend
+from vivace.kernels.quantized import GROUPS
 
 INT32 = 2**31 - 1  # what gRPC's own settings hold
 MAX_NAME_CHARS = 128
@@ -79,6 +81,22 @@ class CpuConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    """What becomes of a checkpoint's weights."""
+
+    quantize: Quantize = field(
+        default=Quantize.NONE,
+        metadata={"about": "round weights when they are loaded: int8 or int4 (output layer int8)"},
+    )
+    group: int = setting(128, "inputs that share a scale in int4: 32, 64 or 128")
+
+    def __post_init__(self) -> None:
+        _check("weights.", self)
+        if self.group not in GROUPS:
+            raise ConfigError(f"weights.group must be 32, 64 or 128, got {self.group}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """The port, and what clients may ask of it."""
 
@@ -137,6 +155,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +173,7 @@ class ServeConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     models: Mapping[str, Path] = field(default_factory=dict)  # by the name that clients know
 
@@ -184,6 +204,7 @@ class ServeConfig:
             scheduler=self.scheduler,
             cache=self.cache,
             cpu=self.cpu,
+            weights=self.weights,
         )
 
 

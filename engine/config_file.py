@@ -22,6 +22,7 @@ FLAGS = {  # what people set daily
     "port": "server.port",
     "insecure": "server.insecure",
     "backend": "backend",
+    "quantize": "weights.quantize",
     "threads": "cpu.threads",
     "kv-memory": "cache.memory_bytes",
     "max-context": "max_context_tokens",

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from vivace.engine import pooling
 from vivace.engine.batch import Batch, Batcher
@@ -27,6 +28,7 @@ from vivace.engine.models import weights
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.models.hf_config import read_spec
+from vivace.engine.models.quantize import Quantize, place, quantize
 from vivace.engine.plan import Plan, make_plan, num_parameters, read_machine
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
@@ -300,7 +302,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
     """
     start = time.monotonic()
     spec = read_spec(config.model)
-    program = emit(spec)
+    program = quantize(emit(spec), config.weights.quantize, config.weights.group)
     plan = make_plan(config, spec, program, read_machine())
     if config.backend is backend.Backend.CPU:
         try:
@@ -309,7 +311,9 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
             raise ConfigError(f"cpu.{error}") from error
     else:
         ops = backend.load(config.backend, device=config.device)
-    arrays = weights.load(config.model, program, spec.architecture, progress)
+    arrays = weights.load(
+        config.model, program, spec.architecture, progress, place=partial(place, ops.memory)
+    )
     runner = Runner(
         program,
         ops,
@@ -324,7 +328,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
         max_context_tokens=plan.max_context_tokens,
         eos_token_ids=read_generation_defaults(config.model).eos_token_ids,
         num_parameters=num_parameters(program),
-        dtype="fp32",
+        dtype="fp32" if config.weights.quantize is Quantize.NONE else config.weights.quantize.value,
         backend=config.backend.value,
         threads=plan.threads,
         block_tokens=config.cache.block_tokens,

@@ -13,6 +13,7 @@ from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.models.generation_config import read_generation_defaults
+from vivace.engine.models.quantize import Quantize
 from vivace.engine.replies import best_replies, reply_requests
 from vivace.engine.sampling import (
     ModelLimits,
@@ -90,10 +91,14 @@ class LLM:
     def __init__(
         self, model: str | Path, quantize: str | None = None, *, config: Config | None = None
     ) -> None:
-        if quantize is not None:
-            raise ConfigError(f"quantize is not served by this version (got {quantize!r})")
         directory = Path(model)
         self._config = config or Config(model=directory)
+        if quantize is not None:
+            kinds = [kind.value for kind in Quantize]
+            if quantize not in kinds:
+                raise ConfigError(f"quantize must be one of {', '.join(kinds)}, got {quantize!r}")
+            weights = replace(self._config.weights, quantize=Quantize(quantize))
+            self._config = replace(self._config, weights=weights)
         if self._config.model != directory:
             raise ConfigError(f"config.model ({self._config.model}) is not the model ({directory})")
         self.directory = directory

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
-from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of
+from vivace.engine.models.program import Kind, Program, Symbol, Value, sized, values_of
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.kernels.buffer import DType
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 FP32_BYTES = 4
@@ -73,7 +74,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
     }
-    weight_bytes = FP32_BYTES * num_parameters(program)
+    weight_bytes = num_weight_bytes(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
     block_bytes = kv_token_bytes(spec) * block_tokens
     kv_bytes = config.cache.memory_bytes
@@ -113,6 +114,22 @@ def num_parameters(program: Program) -> int:
     """Numbers in the weights; tied ones count once."""
     weights = (value for value in values_of(program) if value.kind is Kind.WEIGHT)
     return sum(prod(sized(value.shape, {})) for value in weights)
+
+
+def num_weight_bytes(program: Program) -> int:
+    """Of the weights as they are kept; tied ones count once."""
+    weights = dict.fromkeys(v for v in values_of(program) if v.kind is Kind.WEIGHT)
+    return sum(map(_weight_bytes, weights))
+
+
+def _weight_bytes(value: Value) -> int:
+    shape = sized(value.shape, {})
+    if value.dtype is DType.INT8:  # with scale and sum of each row
+        return prod(shape) + 8 * shape[0]
+    if value.dtype is DType.INT4:
+        assert value.group is not None
+        return shape[0] * (-(-shape[1] // 2) + 2 * -(-shape[1] // value.group) + 4)
+    return FP32_BYTES * prod(shape)
 
 
 def num_active_parameters(program: Program, spec: ModelSpec) -> int:

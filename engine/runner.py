@@ -29,7 +29,6 @@ BYTES = {
     DType.FP32: 4,
     DType.FP16: 2,
     DType.BF16: 2,
-    DType.INT8: 1,
     DType.UINT8: 1,
     DType.INT32: 4,
     DType.INT64: 8,
@@ -50,7 +49,7 @@ class Runner:
         self,
         program: Program,
         ops: Ops,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Any],  # arrays; of quantized ones, what `Memory.pack` made
         *,
         most: Sizes,
         num_blocks: int,
@@ -68,7 +67,8 @@ class Runner:
         self._fixed: list[Buffer | None] = [None] * len(values)
         for value, i in places.items():
             if value.kind is Kind.WEIGHT:
-                self._fixed[i] = ops.memory.upload(weights[value.name])
+                weight = weights[value.name]
+                self._fixed[i] = weight if value.is_quantized else ops.memory.upload(weight)
             elif value.kind is Kind.CONSTANT:
                 self._fixed[i] = ops.memory.upload(program.constants[value])
             elif value.kind is Kind.CACHE:

@@ -11,6 +11,7 @@ from vivace.engine.config import Config
 from vivace.engine.errors import ArtifactError, ConfigError
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
+from vivace.engine.models.quantize import quantize
 from vivace.engine.plan import Machine, Plan, default_kv_bytes, make_plan, mib
 
 
@@ -49,7 +50,8 @@ def plan_one(name: str, config: Config, machine: Machine) -> Plan:
     """What the engine of one config will plan. Raises ConfigError or ArtifactError naming the model."""
     try:
         spec = read_spec(config.model)
-        return make_plan(config, spec, emit(spec), machine)
+        program = quantize(emit(spec), config.weights.quantize, config.weights.group)
+        return make_plan(config, spec, program, machine)
     except (ArtifactError, ConfigError) as error:
         raise type(error)(f"model {name!r}: {error}") from error
 

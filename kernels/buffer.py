@@ -10,7 +10,8 @@ class DType(Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-    INT8 = "int8"
+    INT4 = "int4"  # with scales: see kernels/quantized.py
+    INT8 = "int8"  # likewise
     UINT8 = "uint8"
     INT32 = "int32"
     INT64 = "int64"

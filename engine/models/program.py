@@ -52,8 +52,14 @@ class Value:
     # Of a weight: the rows of each checkpoint tensor it is joined from, if there is more than one.
     parts: tuple[int, ...] = ()
     plus: float = 0.0  # of a weight: added to what the checkpoint holds
+    group: int | None = None  # of an int4 weight: inputs that share a scale
     # The same memory as this activation under another shape, or its leading rows.
     of: "Value | None" = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is small whole numbers with scales."""
+        return self.dtype in (DType.INT8, DType.INT4)
 
     @property
     def owner(self) -> "Value":

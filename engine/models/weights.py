@@ -109,10 +109,15 @@ class Piece:
 
 
 def load(
-    directory: Path, program: Program, architecture: str, progress: Progress
-) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """The weights of the program in fp32, by our names; the architecture's file knows the
-    checkpoint's.
+    directory: Path,
+    program: Program,
+    architecture: str,
+    progress: Progress,
+    *,
+    place: Callable[[Value, Array], Any] = lambda value, array: array,
+) -> dict[str, Any]:
+    """The weights of the program by our names; the architecture's file knows the checkpoint's. `place` makes of each, in
+    fp32, what is kept of it.
 
     An fp32 tensor that is a weight by itself stays a view of the mapped file. Raises ArtifactError
     naming the file or the tensor, and then nothing was converted yet.
@@ -120,11 +125,11 @@ def load(
     tensors = open_checkpoint(directory)
     pieces = _match(directory, program, architecture, tensors=tensors)
     total = sum(tensors[p.tensor].num_bytes for parts in pieces.values() for p in parts)
-    weights: dict[str, Array] = {}
+    weights: dict[str, Any] = {}
     done = 0
     progress(done, total)
     for value, parts in pieces.items():
-        weights[value.name] = _joined(value, parts, tensors)
+        weights[value.name] = place(value, _joined(value, parts, tensors))
         done += sum(tensors[piece.tensor].num_bytes for piece in parts)
         progress(done, total)
     return weights

@@ -39,6 +39,19 @@ constexpr cpu::Kernels kPortable = {
 #ifdef VIVACE_X86
 constexpr cpu::Kernels avx2() {
   cpu::Kernels k = kPortable;
+  k.gated = cpu::gated_avx2;
+  k.softcap = cpu::softcap_avx2;
+  k.add = cpu::add_avx2;
+  k.embed = cpu::embed_avx2;
+  k.take_rows = cpu::take_rows_avx2;
+  k.rmsnorm = cpu::rmsnorm_avx2;
+  k.add_rmsnorm = cpu::add_rmsnorm_avx2;
+  k.kv_read = cpu::kv_read_avx2;
+  k.rope_table = cpu::rope_table_avx2;
+  k.rope_kv_write = cpu::rope_kv_write_avx2;
+  k.sample = cpu::sample_avx2;
+  k.logprobs = cpu::logprobs_avx2;
+  k.attention = cpu::attention_avx2;
   k.quantize = cpu::quantize_avx2;
   k.linear_int8 = cpu::linear_int8_avx2;
   k.linear_int4 = cpu::linear_int4_avx2;
@@ -47,6 +60,19 @@ constexpr cpu::Kernels avx2() {
 
 constexpr cpu::Kernels avx512() {
   cpu::Kernels k = avx2();
+  k.gated = cpu::gated_avx512;
+  k.softcap = cpu::softcap_avx512;
+  k.add = cpu::add_avx512;
+  k.embed = cpu::embed_avx512;
+  k.take_rows = cpu::take_rows_avx512;
+  k.rmsnorm = cpu::rmsnorm_avx512;
+  k.add_rmsnorm = cpu::add_rmsnorm_avx512;
+  k.kv_read = cpu::kv_read_avx512;
+  k.rope_table = cpu::rope_table_avx512;
+  k.rope_kv_write = cpu::rope_kv_write_avx512;
+  k.sample = cpu::sample_avx512;
+  k.logprobs = cpu::logprobs_avx512;
+  k.attention = cpu::attention_avx512;
   k.quantize = cpu::quantize_avx512;
   k.linear_int8 = cpu::linear_int8_avx512;
   k.linear_int4 = cpu::linear_int4_avx512;

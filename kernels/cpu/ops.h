@@ -1,6 +1,6 @@
 // The C ABI: one packed struct and one function per op. kernels/<op>/cpu.py has the same struct; loading compares sizes.
 // Mathematics, shapes and ties: kernels/<op>/__init__.py. All arrays are dense and row-major; fp32 unless a type says other.
-// The KV cache is [N blocks, 2, G KV heads, S tokens, D].
+// The KV cache is [N blocks, 2, G KV heads, ...]: of K [D, S tokens], so that a query meets a vector of tokens, of V [S, D].
 #pragma once
 #include <cstdint>
 
@@ -78,7 +78,7 @@ struct RopeTableArgs {
 };
 struct RopeKvWriteArgs {
   float* q;              // [T, H, D]
-  float* kv_cache;       // [N, 2, G, S, D]
+  float* kv_cache;       // [N, 2, G, ...]
   const float* qkv;      // [T, (H + 2G) * D]
   const float* cos_sin;  // [T, R]
   const int32_t* slots;  // [T]
@@ -91,7 +91,7 @@ struct RopeKvWriteArgs {
 struct AttentionArgs {
   float* out;                   // [T, H, D]
   const float* q;               // [T, H, D]
-  const float* kv_cache;        // [N, 2, G, S, D]
+  const float* kv_cache;        // [N, 2, G, ...]
   const int32_t* block_tables;  // [B, X]
   const int32_t* query_starts;  // [B + 1]
   const int32_t* context_lens;  // [B]
@@ -185,7 +185,7 @@ struct LogprobsArgs {
 struct KvReadArgs {
   float* k;               // [T, G, D]
   float* v;               // [T, G, D]
-  const float* kv_cache;  // [N, 2, G, S, D]
+  const float* kv_cache;  // [N, 2, G, ...]
   const int32_t* slots;   // [T]
   int64_t T, G, S, D;
 };
@@ -227,22 +227,48 @@ void linear_int4_portable(Pool&, const LinearInt4Args&);
 void linear_int4_avx2(Pool&, const LinearInt4Args&);
 void linear_int4_avx512(Pool&, const LinearInt4Args&);
 void embed_portable(Pool&, const EmbedArgs&);
+void embed_avx2(Pool&, const EmbedArgs&);
+void embed_avx512(Pool&, const EmbedArgs&);
 void embed_int8_portable(Pool&, const EmbedInt8Args&);
 void rmsnorm_portable(Pool&, const RmsnormArgs&);
+void rmsnorm_avx2(Pool&, const RmsnormArgs&);
+void rmsnorm_avx512(Pool&, const RmsnormArgs&);
 void add_rmsnorm_portable(Pool&, const AddRmsnormArgs&);
+void add_rmsnorm_avx2(Pool&, const AddRmsnormArgs&);
+void add_rmsnorm_avx512(Pool&, const AddRmsnormArgs&);
 void rope_table_portable(Pool&, const RopeTableArgs&);
+void rope_table_avx2(Pool&, const RopeTableArgs&);
+void rope_table_avx512(Pool&, const RopeTableArgs&);
 void rope_kv_write_portable(Pool&, const RopeKvWriteArgs&);
+void rope_kv_write_avx2(Pool&, const RopeKvWriteArgs&);
+void rope_kv_write_avx512(Pool&, const RopeKvWriteArgs&);
 void attention_portable(Pool&, const AttentionArgs&);
+void attention_avx2(Pool&, const AttentionArgs&);
+void attention_avx512(Pool&, const AttentionArgs&);
 void gated_portable(Pool&, const GatedArgs&);
+void gated_avx2(Pool&, const GatedArgs&);
+void gated_avx512(Pool&, const GatedArgs&);
 void softcap_portable(Pool&, const SoftcapArgs&);
+void softcap_avx2(Pool&, const SoftcapArgs&);
+void softcap_avx512(Pool&, const SoftcapArgs&);
 void add_portable(Pool&, const AddArgs&);
+void add_avx2(Pool&, const AddArgs&);
+void add_avx512(Pool&, const AddArgs&);
 void moe_route_portable(Pool&, const MoeRouteArgs&);
 void expert_linear_portable(Pool&, const ExpertLinearArgs&);
 void moe_combine_portable(Pool&, const MoeCombineArgs&);
 void take_rows_portable(Pool&, const TakeRowsArgs&);
+void take_rows_avx2(Pool&, const TakeRowsArgs&);
+void take_rows_avx512(Pool&, const TakeRowsArgs&);
 void sample_portable(Pool&, const SampleArgs&);
+void sample_avx2(Pool&, const SampleArgs&);
+void sample_avx512(Pool&, const SampleArgs&);
 void logprobs_portable(Pool&, const LogprobsArgs&);
+void logprobs_avx2(Pool&, const LogprobsArgs&);
+void logprobs_avx512(Pool&, const LogprobsArgs&);
 void kv_read_portable(Pool&, const KvReadArgs&);
+void kv_read_avx2(Pool&, const KvReadArgs&);
+void kv_read_avx512(Pool&, const KvReadArgs&);
 
 // Quantized matrices in the layout that the ops read (packed.h); `out` has as many bytes as the first function says.
 int64_t packed_int8_bytes(int64_t N, int64_t K);

@@ -13,7 +13,6 @@ DTYPES = {
     DType.FP32: torch.float32,
     DType.FP16: torch.float16,
     DType.BF16: torch.bfloat16,
-    DType.INT8: torch.int8,
     DType.UINT8: torch.uint8,
     DType.INT32: torch.int32,
     DType.INT64: torch.int64,

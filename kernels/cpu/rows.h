@@ -1,0 +1,70 @@
+// The ops that are one pass over rows: embedding, taking rows, norms, the cache's reading.
+// All bound by memory. Threads split rows; a row is one thread's.
+// For each instruction set as the compiler vectorises it: the file that includes this names it.
+#pragma once
+#include <cstring>
+
+#include "math.h"
+#include "ops.h"
+
+namespace {
+
+template <typename Args>
+inline const Args& as(const void* args) {
+  return *static_cast<const Args*>(args);
+}
+
+void norm_row(float* out, const float* x, const float* weight, int64_t M, float eps) {
+  const float scale = rsqrt_poly(dot(x, x, M) / float(M) + eps);
+  for (int64_t m = 0; m < M; ++m) out[m] = x[m] * scale * weight[m];
+}
+
+void embed_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::EmbedArgs>(args);
+  for (int64_t t = begin; t < end; ++t) {
+    const float* row = a.table + int64_t(a.tokens[t]) * a.M;
+    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = row[m] * a.scale;
+  }
+}
+
+void taken_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::TakeRowsArgs>(args);
+  for (int64_t r = begin; r < end; ++r)
+    std::memcpy(a.out + r * a.M, a.x + int64_t(a.rows[r]) * a.M, size_t(a.M) * 4);
+}
+
+void norm_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::RmsnormArgs>(args);
+  for (int64_t t = begin; t < end; ++t) norm_row(a.out + t * a.M, a.x + t * a.M, a.weight, a.M, a.eps);
+}
+
+void add_norm_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::AddRmsnormArgs>(args);
+  for (int64_t t = begin; t < end; ++t) {
+    float* sum = a.sum + t * a.M;
+    for (int64_t m = 0; m < a.M; ++m) sum[m] = a.x[t * a.M + m] + a.residual[t * a.M + m];
+    norm_row(a.out + t * a.M, sum, a.weight, a.M, a.eps);
+  }
+}
+
+void read_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::KvReadArgs>(args);
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t g = 0; g < a.G; ++g) {
+      const int64_t block = a.slots[t] / a.S, offset = a.slots[t] % a.S;
+      const float* k = a.kv_cache + (block * 2 * a.G + g) * a.S * a.D;
+      const float* v = k + a.G * a.S * a.D + offset * a.D;
+      for (int64_t d = 0; d < a.D; ++d) a.k[(t * a.G + g) * a.D + d] = k[d * a.S + offset];
+      std::memcpy(a.v + (t * a.G + g) * a.D, v, size_t(a.D) * 4);
+    }
+}
+
+}  // namespace
+
+namespace cpu {
+void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) { pool.for_range(a.T, 64, embed_rows, &a); }
+void VIVACE_ISA(take_rows)(Pool& pool, const TakeRowsArgs& a) { pool.for_range(a.R, 64, taken_rows, &a); }
+void VIVACE_ISA(rmsnorm)(Pool& pool, const RmsnormArgs& a) { pool.for_range(a.T, 8, norm_rows, &a); }
+void VIVACE_ISA(add_rmsnorm)(Pool& pool, const AddRmsnormArgs& a) { pool.for_range(a.T, 8, add_norm_rows, &a); }
+void VIVACE_ISA(kv_read)(Pool& pool, const KvReadArgs& a) { pool.for_range(a.T, 64, read_rows, &a); }
+}  // namespace cpu
