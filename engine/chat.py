@@ -22,6 +22,8 @@ T = TypeVar("T")
 # -P: a file of the working folder must not pass for a module of the engine's.
 COMMAND = (sys.executable, "-P", "-m", "vivace.engine.chat_worker")
 LONG_TEXT_CHARS = 4096  # longer ones are tokenized beside the loop, which has others to serve
+MESSAGE_CHARS = 64  # what a message costs beside its text
+ANSWER_LIMIT_S = 10.0  # of the wall clock: the worker's own limits count its own time, and a stopped process has none
 
 
 class ChatEncoder:
@@ -45,14 +47,12 @@ class ChatEncoder:
         """Token ids. Raises InvalidRequest, or FailedPrecondition if there is no template or it passes a limit."""
         if self._worker is None:
             raise FailedPrecondition("this checkpoint has no chat template; use Generate")
-        length = sum(len(message.content or "") for message in wanted.messages)
-        is_long = length >= LONG_TEXT_CHARS
+        is_long = _length(wanted) >= LONG_TEXT_CHARS
         frame, marks = await _run(is_long, self._prepare, wanted)
         try:
             rendered = await self._worker.render(frame)
         except InvalidRequest as error:  # a template may quote what it complains of
-            words = str(error).replace(marks.any, "").replace(marks.special, "")
-            raise InvalidRequest(words) from error
+            raise InvalidRequest(marks.out_of(str(error))) from error
         return await _run(is_long, self._control.encode, rendered, marks)
 
     async def close(self) -> None:
@@ -94,8 +94,7 @@ class Worker:
 
     async def start(self) -> None:
         """Raises ArtifactError or FailedPrecondition for a template that cannot be compiled."""
-        async with self._turn:
-            await self._started()
+        await self._exchange(None)
 
     async def render(self, frame: bytes) -> str:
         """What the template writes. Raises InvalidRequest with its complaint, FailedPrecondition if it passes a limit."""
@@ -113,26 +112,50 @@ class Worker:
         await asyncio.gather(*self._exchanges, return_exceptions=True)
         await self._end()
 
-    async def _exchange(self, frame: bytes) -> str:
+    async def _exchange(self, frame: bytes | None) -> str:
+        """None: nothing but the start."""
         async with self._turn:
-            return await self._ask(await self._started(), frame)
+            try:
+                return await self._try(frame)
+            except (
+                ConnectionError
+            ):  # whoever ended the process, it was not one of its limits: once more
+                try:
+                    return await self._try(frame)
+                except ConnectionError as error:
+                    raise FailedPrecondition(str(error)) from error
+
+    async def _try(self, frame: bytes | None) -> str:
+        link = await self._started()
+        return "" if frame is None else await self._ask(link, frame, chat_worker.TIME_LIMIT_S)
 
     async def _started(self) -> "Link":
         if self._link is None:
             self._link = await Link.open()
-            await self._ask(self._link, self._order)
+            try:
+                await self._ask(self._link, self._order, chat_worker.COMPILE_LIMIT_S)
+            except ArtifactError:  # there will be no other template
+                await self._end()
+                raise
         return self._link
 
-    async def _ask(self, link: "Link", frame: bytes) -> str:
+    async def _ask(self, link: "Link", frame: bytes, limit_s: float) -> str:
+        """Raises ConnectionError if it dies over it, but of a limit."""
         try:
-            reply = await link.ask(frame)
+            async with asyncio.timeout(limit_s + ANSWER_LIMIT_S):
+                reply = await link.ask(frame)
+        except TimeoutError as error:
+            await self._end()
+            raise FailedPrecondition(
+                f"the chat template's process gave no answer for {limit_s + ANSWER_LIMIT_S:g} s"
+            ) from error
         except (EOFError, OSError) as error:
             status = await self._end()
             if status == -signal.SIGPROF:
                 raise FailedPrecondition(
-                    f"the chat template ran for more than {chat_worker.TIME_LIMIT_S:g} s"
+                    f"the chat template ran for more than {limit_s:g} s"
                 ) from error
-            raise FailedPrecondition("the chat template's process has died") from error
+            raise ConnectionError("the chat template's process has died") from error
         except BaseException:  # its answer would be taken for the next one's
             await self._end()
             raise
@@ -166,7 +189,13 @@ class Link:
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:  # nobody would know of it
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
         return Link(process, reader, writer)
 
     async def ask(self, frame: bytes) -> Any:
@@ -182,6 +211,16 @@ class Link:
         self.writer.close()
         self.process.kill()
         return await asyncio.to_thread(self.process.wait)
+
+
+def _length(wanted: Conversation) -> int:
+    """About as many characters as there are to look at."""
+    return sum(
+        MESSAGE_CHARS
+        + len(message.content or "")
+        + sum(MESSAGE_CHARS + len(call.arguments_json) for call in message.tool_calls)
+        for message in wanted.messages
+    )
 
 
 async def _run(is_long: bool, function: Callable[..., T], *arguments: Any) -> T:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vivace.engine.errors import ArtifactError, InvalidRequest
+from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
 
 # Marks what a model is trained on; at inference it only groups. `{% if true %}` does the same and is known to Jinja.
 GENERATION = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
@@ -19,9 +19,11 @@ END_GENERATION = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
 TEMPLATE_ERRORS = (  # what Jinja raises, and what the expressions in a template can
     TemplateError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
-    RecursionError,
+    RuntimeError,
+    SyntaxError,  # of the Python that Jinja makes of a template: more nested blocks than that has
     TypeError,
     ValueError,
 )
@@ -40,7 +42,7 @@ class ChatTemplate:
         plain = END_GENERATION.sub(r"\1endif\2", GENERATION.sub(r"\1if true\2", source))
         try:
             self._template = environment.from_string(plain)
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ArtifactError(f"chat template: {error}") from error
         self._variables = dict(variables)
 
@@ -51,17 +53,18 @@ class ChatTemplate:
         opens_turn: bool,
         continues_with: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        max_chars: int | None = None,
     ) -> str:
         """The conversation as the model knows it; messages as templates written for transformers take them.
 
         `continues_with`, a character that the messages do not hold, ends the text where the last message's content does.
-        Raises InvalidRequest with the template's own complaint.
+        Raises InvalidRequest with the template's own complaint, FailedPrecondition where it writes more than `max_chars`.
         """
         if continues_with is not None:
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": f"{last['content']}{continues_with} "}]
         try:
-            text: str = self._template.render(
+            pieces = self._template.generate(
                 messages=messages,
                 add_generation_prompt=opens_turn,
                 tools=None,  # defined, as transformers has them: templates test `is not none`
@@ -69,9 +72,22 @@ class ChatTemplate:
                 **self._variables,
                 **(variables or {}),
             )
+            text = "".join(pieces if max_chars is None else _limited(pieces, max_chars))
         except TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"messages: the chat template says: {error}") from error
         return text if continues_with is None else _cut(text, continues_with)
+
+
+def _limited(pieces: Iterable[str], max_chars: int) -> Iterator[str]:
+    """The pieces, until they are too many."""
+    count = 0
+    for piece in pieces:
+        count += len(piece)
+        if count > max_chars:
+            raise FailedPrecondition(
+                f"the chat template wrote more than {max_chars} characters, which is the most"
+            )
+        yield piece
 
 
 def _cut(text: str, end: str) -> str:

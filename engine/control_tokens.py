@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from urllib.parse import quote
 
 import tokenizers
 
@@ -48,6 +49,20 @@ class Marks:
 
     any: str
     special: str
+
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The pieces between the marks, and the mark behind each but the last."""
+        either = "|".join(f"({_spelled(mark)})" for mark in (self.any, self.special))
+        pieces, marks, end = [], [], 0
+        for found in re.finditer(either, text):
+            pieces.append(text[end : found.start()])
+            marks.append(self.any if found.lastindex == 1 else self.special)
+            end = found.end()
+        return [*pieces, text[end:]], marks
+
+    def out_of(self, text: str) -> str:
+        """The text without them."""
+        return "".join(self.split(text)[0])
 
 
 class ControlTokens:
@@ -90,11 +105,11 @@ class ControlTokens:
 
     def encode(self, rendered: str, marks: Marks) -> list[int]:
         """Token ids of what the template made of protected texts."""
-        pieces = re.split(f"([{marks.any}{marks.special}])", rendered)
-        text = "".join(pieces[::2])
+        pieces, found_marks = marks.split(rendered)
+        text = "".join(pieces)
         marked: dict[int, _Kind] = {}  # by the place of a marked character, in order
         length = 0
-        for piece, mark in zip(pieces[::2], pieces[1::2], strict=False):
+        for piece, mark in zip(pieces, found_marks, strict=False):
             length += len(piece)
             marked[length - 1] = self._any if mark == marks.any else self._special
         cuts = [place + 1 for place, kind in marked.items() if kind.spelled.match(text, place)]
@@ -156,11 +171,19 @@ class _Piece:
 
 
 def choose_marks(texts: Sequence[str], count: int) -> list[str]:
-    """Characters that none of these texts holds. Raises InvalidRequest where they hold all that could be one."""
+    """Characters that none of these texts holds, however it spells them. Raises InvalidRequest where they hold all that
+    could be one.
+    """
     found: list[str] = []
     for code in MARKS:
-        if not any(chr(code) in text for text in texts):
+        spelled = re.compile(_spelled(chr(code)))
+        if not any(spelled.search(text) for text in texts):
             found.append(chr(code))
             if len(found) == count:
                 return found
     raise InvalidRequest("messages must leave some of the characters U+E000..U+F8FF unused")
+
+
+def _spelled(mark: str) -> str:
+    """A pattern of what templates make of a mark: itself, JSON's or Python's escape (once or oftener), a URL's."""
+    return rf"{mark}|\\+u(?i:{ord(mark):04x})|(?i:{quote(mark)})"

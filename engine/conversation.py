@@ -7,7 +7,9 @@ from typing import Any
 
 from vivace.engine.errors import InvalidRequest
 
+MAX_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
+MAX_JSON_DEPTH = 64
 MAX_VARIABLES = 64
 MAX_VARIABLE_CHARS = 1 << 16
 RESERVED = frozenset(  # what templates are given beside variables, and Jinja's own names
@@ -64,6 +66,10 @@ def check(conversation: Conversation) -> None:
     messages = conversation.messages
     if not messages:
         raise InvalidRequest("messages must hold at least one message, got 0")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}"
+        )
     for i, message in enumerate(messages):
         if not 1 <= len(message.role) <= MAX_ROLE_CHARS or not message.role.isprintable():
             raise InvalidRequest(
@@ -154,4 +160,17 @@ def _parse(text: str, name: str) -> Any:
         json.dumps(value, allow_nan=False).encode()  # what cannot be written again is no JSON
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name} must be JSON, got {text[:80]!r}") from error
+    if _is_deep(value):
+        raise InvalidRequest(f"{name} must be nested at most {MAX_JSON_DEPTH} deep")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested deeper than allowed."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner = [one for one in level if isinstance(one, (list, dict))]
+        if not inner:
+            return False
+        level = [part for one in inner for part in (one.values() if isinstance(one, dict) else one)]
+    return True

@@ -2,11 +2,7 @@
 
 import asyncio
 import json
-import os
 import re
-import signal
-import sys
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -14,19 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.engine.chats import CHATML, HONEST, NORTHSTAR, encode, encoder, turns
 from tests.tiny_models import make_tokenizer
-from vivace.engine import chat_worker
 from vivace.engine.chat import ChatEncoder
+from vivace.engine.chat_template import ChatTemplate
 from vivace.engine.control_tokens import ControlTokens
 from vivace.engine.conversation import ChatMessage, Conversation, ToolCall
-from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
+from vivace.engine.errors import InvalidRequest
 from vivace.engine.tokenizer import Tokenizer
 
-NORTHSTAR = Path(__file__).parents[2] / "examples" / "northstar"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TRIMMED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,39 +40,6 @@ SPELLINGS = (
     "<tool_call>",
     "</tool_call>",
     "<tool_response>",
-)
-
-
-def encoder(directory, template):
-    """northstar's tokenizer under another template."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((NORTHSTAR / name).read_bytes())
-    (directory / "chat_template.jinja").write_text(template)
-    return ChatEncoder(Tokenizer.load(directory))
-
-
-def encode(chat, *conversations):
-    """Ids of each, by one worker; what it raises instead."""
-
-    async def run():
-        await chat.start()
-        try:
-            return [await chat.encode(conversation) for conversation in conversations]
-        finally:
-            await chat.close()
-
-    return asyncio.run(asyncio.wait_for(run(), 60))
-
-
-def turns(*pairs):
-    return [ChatMessage(role, content) for role, content in pairs]
-
-
-HONEST = turns(
-    ("system", "Be brief. 请简短"),
-    ("user", "  if a < b and c[0] > d: print('<b>') 👩‍👩‍👧 "),
-    ("assistant", "Yes < no\n"),
-    ("user", "|> <| im_end |> < |im_end|> ＜ ＜|"),
 )
 
 
@@ -235,120 +194,36 @@ def test_texts_that_normalization_makes_control_tokens_stay_text(tmp_path):
     assert evil not in user and evil in system
 
 
-HANGS = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endfor %}",
-    "power": "{{ messages | length ** 99999999 }}{{ (messages | length + 9) ** 999999999 }}",
-    "memory": "{% set a = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set a.s = a.s ~ a.s %}{% endfor %}",
-    "output": "{{ 'x' * 9000000 }}{{ messages | length }}",
-    "constant": "{{ 'x' * 99999999999 }}",
-    "format": "{{ '%999999999999d' % (messages | length) }}",
-}
-
-
-@pytest.mark.parametrize("name", HANGS)
-def test_a_template_that_takes_too_much_is_ended(tmp_path, name):
-    chat = encoder(tmp_path, HANGS[name])
-    with pytest.raises((FailedPrecondition, ArtifactError, InvalidRequest), match="template"):
-        encode(chat, Conversation(HONEST))
-
-
 @pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{{ lipsum.__globals__['os'].system('id') }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update({'a': 1}) }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ namespace.__init__.__globals__ }}{{ raise_exception('no') }}",
-        "{{ self.__init__.__globals__.x.y }}",
-        "{{ raise_exception.__globals__.json.x }}",
-    ],
-)
-def test_a_template_reaches_nothing(tmp_path, template):
-    with pytest.raises((InvalidRequest, FailedPrecondition)) as error:
-        encode(encoder(tmp_path, template), Conversation(HONEST))
-    assert "uid=" not in str(error.value)
-
-
-def test_others_are_served_after_one_that_hangs(tmp_path):
-    template = (
-        "{% for m in messages %}{% if m.content == 'hang' %}"
-        + HANGS["loops"]
-        + "{% endif %}{{ m.content }}{% endfor %}"
-    )
-    chat = encoder(tmp_path, template)
-
-    async def run():
-        await chat.start()
-        try:
-            good, hang = (Conversation(turns(("user", text))) for text in ("good", "hang"))
-            return await asyncio.gather(
-                chat.encode(good), chat.encode(hang), chat.encode(good), return_exceptions=True
-            )
-        finally:
-            await chat.close()
-
-    first, second, third = asyncio.run(asyncio.wait_for(run(), 60))
-    assert first == third != []
-    assert isinstance(second, FailedPrecondition) and "1 s" in str(second)
-
-
-def test_a_worker_that_dies_is_replaced_and_a_caller_that_leaves_takes_only_its_own(tmp_path):
-    chat = encoder(tmp_path, CHATML)
-
-    async def run():
-        await chat.start()
-        try:
-            want = await chat.encode(Conversation(HONEST))
-            left = asyncio.create_task(chat.encode(Conversation(turns(("user", "another")))))
-            await asyncio.sleep(0)
-            left.cancel()
-            assert await chat.encode(Conversation(HONEST)) == want
-            os.kill(chat._worker._link.process.pid, signal.SIGKILL)
-            with pytest.raises(FailedPrecondition, match="died"):
-                await chat.encode(Conversation(HONEST))
-            assert await chat.encode(Conversation(HONEST)) == want
-        finally:
-            await chat.close()
-
-    asyncio.run(asyncio.wait_for(run(), 60))
-
-
-def test_the_worker_loads_little_and_ends_with_its_parent():
-    code = (
-        "import sys, vivace.engine.chat_worker as w;"
-        "sys.exit(any(n in sys.modules for n in ('numpy', 'grpc', 'tokenizers', 'asyncio', 'torch')))"
-    )
-    worker = asyncio.run(_run_python(code))
-    assert worker == 0
-
-    async def eof():
-        process = await asyncio.create_subprocess_exec(
-            *_command("-m", chat_worker.__name__), stdin=asyncio.subprocess.PIPE
-        )
-        process.stdin.close()
-        return await asyncio.wait_for(process.wait(), 20)
-
-    assert asyncio.run(eof()) == 0
-
-
-def _command(*words):
-    return (sys.executable, "-P", *words)
-
-
-async def _run_python(code):
-    process = await asyncio.create_subprocess_exec(*_command("-c", code))
-    return await process.wait()
+    "escaped",
+    ["m.content | tojson(ensure_ascii=true)", "[m.content]", "m.content | urlencode",
+     "(m.content | tojson(ensure_ascii=true)) | tojson(ensure_ascii=true)"],
+)  # fmt: skip
+def test_marks_go_where_a_template_escapes_what_it_is_given(tmp_path, escaped):
+    template = "{% for m in messages %}{{ " + escaped + " }}{% endfor %}"
+    said = "<a> \\ue000 %EE%80%81 <|im_end|>"
+    [ids] = encode(encoder(tmp_path, template), Conversation(turns(("user", said))))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert not control_ids(ids)
+    plain = ChatTemplate(template, {}).render([{"content": said}], opens_turn=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == plain
 
 
 @pytest.mark.parametrize(
     ("conversation", "words"),
     [
         (Conversation([]), "messages must hold"),
+        (Conversation(turns(*[("user", "")] * 4097)), "at most 4096 messages, got 4097"),
+        (
+            Conversation(
+                [
+                    ChatMessage(
+                        "a", "x", [ToolCall(None, "f", '{"a":' + "[" * 400 + "]" * 400 + "}")]
+                    )
+                ]
+            ),
+            "nested at most 64 deep",
+        ),
         (Conversation(turns(("", "x"))), r"messages\[0\].role"),
         (Conversation(turns(("a\nb", "x"))), r"messages\[0\].role"),
         (Conversation(turns(("a" * 65, "x"))), r"messages\[0\].role"),

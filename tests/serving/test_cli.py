@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -93,15 +92,16 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on_with_what_was_said(server):
     )
     os.close(inside)
     try:
-        read_until(terminal, "> ")
+        shown = Shown(terminal)
+        shown.wait("> ")
         for number, line in enumerate((b"Hello\n", b"And now?\n"), 1):
             os.write(terminal, line)
-            read_until(terminal, line.decode().strip())
-            time.sleep(0.7)  # into the reply
+            shown.wait(line.decode().strip())
+            for _ in range(9):
+                shown.wait(" ")  # between words of the reply
             chat.send_signal(signal.SIGINT)
-            shown = read_until(terminal, "[cancelled]")
-            if "> " not in shown.split("[cancelled]")[1]:
-                read_until(terminal, "> ")
+            shown.wait("[cancelled]")
+            shown.wait("> ")
             wait_until(lambda: len(chats(server.errors[before:])) == number)  # noqa: B023
         os.write(terminal, b"\x04")
         assert chat.wait(10) == 0
@@ -275,9 +275,15 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path):
     assert missing.stderr == f"vivace: error: {tmp_path / 'none'} is not a folder\n"
 
 
-def read_until(terminal, words):
-    """What a program on a terminal shows up to these words."""
-    shown = ""
-    while words not in shown:
-        shown += os.read(terminal, 4096).decode(errors="replace")
-    return shown
+class Shown:
+    """What a program shows on a terminal, from beginning to end."""
+
+    def __init__(self, terminal):
+        self._terminal = terminal
+        self._rest = ""
+
+    def wait(self, words):
+        """Until it has shown these words, after those that were waited for before."""
+        while words not in self._rest:
+            self._rest += os.read(self._terminal, 4096).decode(errors="replace")
+        self._rest = self._rest.split(words, 1)[1]
