@@ -19,7 +19,6 @@ struct Tile {
   const int32_t* table;
   int64_t g;
   int count;
-  const float* q[kPairs];
   Range range[kPairs];
   float* out[kPairs];
   int64_t head[kPairs];
@@ -27,6 +26,7 @@ struct Tile {
 
 struct Scores {
   alignas(64) float p[kPairs][kSplit];  // by position in the split
+  float q[kMaxD][kPairs];               // of the tile, with the scale in it
 };
 
 inline __mmask16 first_lanes(int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1u << count) - 1); }
@@ -41,7 +41,7 @@ void score(const Tile& tile, Scores& s, int first, const float* k, int64_t place
   for (int64_t d = 0; d < a.D; ++d) {
     const __m512 column = _mm512_maskz_loadu_ps(lanes, k + d * a.S);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(tile.q[first + r][d]), column, sums[r]);
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(s.q[d][first + r]), column, sums[r]);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) _mm512_mask_storeu_ps(s.p[first + r] + place, lanes, sums[r]);
@@ -61,33 +61,50 @@ void scores(const Tile& tile, Scores& s, int64_t begin, int64_t end) {
   }
 }
 
+// e^x as math.h has it, 16 at a time.
+inline __m512 exp16(__m512 x) {
+  const __m512 round = _mm512_set1_ps(12582912.0f);
+  const __m512 clamped = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 shifted = _mm512_fmadd_ps(clamped, _mm512_set1_ps(1.44269504088896341f), round);
+  const __m512 n = _mm512_sub_ps(shifted, round);
+  const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f),
+                                   _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped));
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+  const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127)), 23);
+  const __mmask16 is_more = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // a NaN stays one
+  return _mm512_maskz_mul_ps(is_more, p, _mm512_castsi512_ps(power));
+}
+
 // From scores to weights: 0 outside begin..end-1, which are places in the split.
 void weigh(const cpu::AttentionArgs& a, float* p, State& state, int64_t begin, int64_t end) {
-  const float none = -__builtin_inff();
-  std::fill(p, p + begin, none);
-  std::fill(p + end, p + kSplit, none);
   const int64_t from = begin / kVector * kVector, to = (end + kVector - 1) / kVector * kVector;
-  __m512 most = _mm512_set1_ps(none);
+  const __m512 none = _mm512_set1_ps(-__builtin_inff());
+  const auto seen = [&](int64_t i) { return __mmask16(first_lanes(end - i) & ~(i < begin ? (1u << (begin - i)) - 1 : 0)); };
+  __m512 most = none;
   for (int64_t i = from; i < to; i += kVector) {
-    for (int64_t j = i; j < i + kVector; ++j) {
-      const float scaled = p[j] * a.scale;
-      p[j] = a.softcap > 0 ? a.softcap * tanh_poly(scaled / a.softcap) : scaled;
-    }
-    if (a.softcap > 0) {  // which would make a number of what is not seen
-      std::fill(p + i, p + std::max(i, std::min(i + kVector, begin)), none);
-      std::fill(p + std::min(i + kVector, std::max(i, end)), p + i + kVector, none);
-    }
-    most = _mm512_max_ps(most, _mm512_load_ps(p + i));
+    if (a.softcap > 0)
+      for (int64_t j = i; j < i + kVector; ++j) p[j] = a.softcap * tanh_poly(p[j] / a.softcap);
+    const __m512 score = _mm512_mask_loadu_ps(none, seen(i), p + i);
+    _mm512_store_ps(p + i, score);
+    most = _mm512_max_ps(most, score);
   }
-  state.max = _mm512_reduce_max_ps(most);
+  const float max = _mm512_reduce_max_ps(most);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t i = from; i < to; i += kVector) {
-    for (int64_t j = i; j < i + kVector; ++j) p[j] = exp_poly(p[j] - state.max);
-    sum = _mm512_add_ps(sum, _mm512_load_ps(p + i));
+    const __m512 weight = exp16(_mm512_sub_ps(_mm512_load_ps(p + i), _mm512_set1_ps(max)));
+    _mm512_store_ps(p + i, weight);
+    sum = _mm512_add_ps(sum, weight);
   }
+  for (int64_t i = 0; i < from; i += kVector) _mm512_store_ps(p + i, _mm512_setzero_ps());
+  for (int64_t i = to; i < kSplit; i += kVector) _mm512_store_ps(p + i, _mm512_setzero_ps());
+  state.max = max;
   state.sum = _mm512_reduce_add_ps(sum);
-  std::fill(p, p + from, 0.0f);
-  std::fill(p + to, p + kSplit, 0.0f);
 }
 
 // p . V over positions begin..end-1 for R pairs and C vectors of a head, the last one masked.
@@ -137,9 +154,11 @@ void values_of(const Tile& tile, const Scores& s, State* states, int first, int6
   }
 }
 
-void attend(const Tile& tile) {
+void attend(const Tile& tile, const float* const* rows) {
   const cpu::AttentionArgs& a = tile.a;
   Scores s;
+  for (int r = 0; r < tile.count; ++r)
+    for (int64_t d = 0; d < a.D; ++d) s.q[d][r] = rows[r][d] * a.scale;
   State total[kPairs], next[kPairs];
   bool has_any[kPairs] = {};
   int64_t begin = tile.range[0].first, end = 0;
@@ -192,15 +211,16 @@ void items(const void* args, int64_t begin, int64_t end) {
         if (item < begin || item >= end) continue;
         // The later rows see more: early and late tiles take turns, so that threads get as much of both.
         const int64_t place = i % 2 == 0 ? i / 2 : tiles - 1 - i / 2;
-        Tile tile{a, a.block_tables + b * a.X, g, int(std::min<int64_t>(kPairs, pairs - place * kPairs)), {}, {}, {}, {}};
+        Tile tile{a, a.block_tables + b * a.X, g, int(std::min<int64_t>(kPairs, pairs - place * kPairs)), {}, {}, {}};
+        const float* rows[kPairs];
         for (int r = 0; r < tile.count; ++r) {
           const int64_t pair = place * kPairs + r, t = first + pair / heads, h = g * heads + pair % heads;
-          tile.q[r] = a.q + (t * a.H + h) * a.D;
+          rows[r] = a.q + (t * a.H + h) * a.D;
           tile.out[r] = a.out + (t * a.H + h) * a.D;
           tile.range[r] = range_of(a, b, t);
           tile.head[r] = h;
         }
-        attend(tile);
+        attend(tile, rows);
       }
   }
 }

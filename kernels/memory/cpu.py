@@ -76,8 +76,10 @@ class CpuMemory:
     def kv_cache(
         self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
     ) -> Array:
-        """[N, 2, G, S, D], zeroed; memory is taken when a block is first written."""
-        return np.zeros((num_blocks, 2, num_kv_heads, block_tokens, head_dim), DTYPES[dtype])
+        """[N, 2, G, S, D], zeroed, but K of a block is [D, S] in memory; that is taken when a block is first written."""
+        shape = (num_blocks, 2, num_kv_heads, block_tokens, head_dim)
+        raw = huge(prod(shape) * np.dtype(DTYPES[dtype]).itemsize)
+        return raw.view(DTYPES[dtype]).reshape(shape)
 
 
 def huge(num_bytes: int) -> Array:

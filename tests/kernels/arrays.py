@@ -1,4 +1,4 @@
-"""Arrays in and out of a backend: outputs start as NaN or -1, so what is not written cannot pass."""
+"""Arrays in and out of a backend: outputs start as NaN or all bits set, so what is not written cannot pass."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,9 @@ def ops_of(backend, threads=1):
 
 def out(ops, *shape, dtype=np.float32):
     """A poisoned output."""
-    return ops.memory.upload(np.full(shape, np.nan if dtype == np.float32 else -1, dtype))
+    return ops.memory.upload(
+        np.full(shape, np.nan if dtype == np.float32 else dtype(~dtype(0)), dtype)
+    )
 
 
 def run(ops, op, outs, *ins, **attrs):

@@ -17,6 +17,10 @@ def i(*shape):
     return np.zeros(shape, np.int32)
 
 
+def u(*shape):
+    return np.zeros(shape, np.uint8)
+
+
 ATTENTION = (f(3, 4, 8), f(3, 4, 8), CACHE, i(1, 2), i(2), i(1))
 HEADS = {"num_kv_heads": 2, "scale": 1.0}
 QKV = (f(3, 4, 8), CACHE, f(3, 64), f(3, 8), i(3))
@@ -30,6 +34,13 @@ NO_BIAS = (i(3), i(0), f(0))
 REFUSED = [
     ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
     ("linear", (f(2, 5), f(2, 4), f(5, 4), i(5)), {}, "bias must hold float32"),
+    ("quantize", (u(2, 4), f(2, 2), f(2, 5)), {}, r"q must be \[2, 5\], got \[2, 4\]"),
+    ("quantize", (u(2, 4), f(2, 1), f(2, 4)), {}, r"params must be \[2, 2\], got \[2, 1\]"),
+    ("quantize", (f(2, 4), f(2, 2), f(2, 4)), {}, "q must hold uint8, got"),
+    ("linear_int8", (f(2, 5), u(2, 4), f(2, 2), f(5, 4)), {}, "weight must hold int8, got"),
+    ("linear_int4", (f(2, 5), u(2, 3), f(2, 2), f(5, 4)), {}, r"q must be \[any, 4\], got \[2, 3\]"),
+    ("linear_int8", (f(2, 5), u(2, 65537), f(2, 2), f(5, 65537)), {}, "at most 65536 inputs, got 65537"),
+    ("embed_int8", (f(2, 4), i(2), f(9, 4)), {}, "table must hold int8, got"),
     ("rope_table", (f(2, 8), i(2), f(4)), {"scale": 1.0}, r"inv_freq must be \[any, any\]"),
     ("rope_table", (f(2, 8), i(2), f(0, 4)), {"scale": 1.0}, "inv_freq must have a row"),
     ("rope_table", (f(2, 8), i(2), f(1, 4), i(3)), {"scale": 1.0}, r"variants must be \[2\]"),
