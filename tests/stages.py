@@ -51,6 +51,7 @@ def part(name: str) -> Callable[[], None]:
 
 def sanitize() -> None:
     """The C++ library's own test, without Python, under ASan with UBSan and under TSan."""
+    cmake = shutil.which("cmake") or str(BIN / "cmake")
     for name, sanitizers in SANITIZERS.items():
         build = ROOT / "build" / name
         options = {
@@ -60,8 +61,8 @@ def sanitize() -> None:
             "VIVACE_CPU_TEST": "ON",
         }
         words = [f"-D{key}={value}" for key, value in options.items()]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *words], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True)
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *words], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
         subprocess.run([str(build / "cpu_test")], check=True)
 
 
