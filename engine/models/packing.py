@@ -59,7 +59,11 @@ def load(
         except (Unusable, OSError) as error:
             data = _round(directory, program, architecture, memory=memory, work=work)
             is_same = key == key_of(directory, program, architecture)
-            kept = _keep(file, key, data, work.threads) if is_same else "not kept: it changes"
+            kept = (
+                _keep(file, key, data, work.threads)
+                if is_same
+                else "not kept: it changed meanwhile"
+            )
             why = "" if isinstance(error, FileNotFoundError) else f" ({file.name}: {error})"
             how = f"rounded from the checkpoint, {kept}{why}"
     found = {value.name: _kept(value, data[place], memory) for value, place in places.items()}
