@@ -144,8 +144,9 @@ class EngineCore:
         if not (step.decoding or step.chunks):
             return events
         batch = self._batcher.build(step)
-        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows)
-        sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
+        sample = partial(self._sampler.sample, batch=batch) if batch.num_sampled else None
+        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows, sample)
+        sampled = self._sampler.sampled(batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
         if batch.pooled_rows:
             pooling.add_rows(batch.pooled_rows, self._runner.ops.memory.read(hidden_PM))

@@ -33,19 +33,22 @@ inline __mmask16 first_lanes(int64_t count) { return __mmask16(count >= 16 ? 0xf
 
 // q . K of up to 16 positions of a block, from position i on, for R pairs.
 template <int R>
-void score(const Tile& tile, Scores& s, int first, const float* k, int64_t place, __mmask16 lanes) {
-  const cpu::AttentionArgs& a = tile.a;
+void score(const cpu::AttentionArgs& a, Scores& s, const float* k, int64_t place, __mmask16 lanes) {
   __m512 sums[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
   for (int64_t d = 0; d < a.D; ++d) {
     const __m512 column = _mm512_maskz_loadu_ps(lanes, k + d * a.S);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(s.q[d][first + r]), column, sums[r]);
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(s.q[d][r]), column, sums[r]);
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) _mm512_mask_storeu_ps(s.p[first + r] + place, lanes, sums[r]);
+  for (int r = 0; r < R; ++r) _mm512_mask_storeu_ps(s.p[r] + place, lanes, sums[r]);
 }
+
+using Score = void(const cpu::AttentionArgs&, Scores&, const float*, int64_t, __mmask16);
+constexpr Score* kScore[kPairs + 1] = {nullptr,  score<1>, score<2>, score<3>,  score<4>,  score<5>, score<6>,
+                                       score<7>, score<8>, score<9>, score<10>, score<11>, score<12>};
 
 // Scores of positions begin..end-1 for all pairs; a pair that does not see one gets what is there.
 void scores(const Tile& tile, Scores& s, int64_t begin, int64_t end) {
@@ -53,11 +56,7 @@ void scores(const Tile& tile, Scores& s, int64_t begin, int64_t end) {
   for (int64_t i = begin, next; i < end; i = next) {
     next = std::min({(i / a.S + 1) * a.S, end, i + kVector});
     const float* k = block_of(a, tile.table, i, tile.g) + i % a.S;
-    const __mmask16 lanes = first_lanes(next - i);
-    int r = 0;
-    if (tile.count == kPairs) score<kPairs>(tile, s, 0, k, i % kSplit, lanes), r = kPairs;
-    for (; r + 4 <= tile.count; r += 4) score<4>(tile, s, r, k, i % kSplit, lanes);
-    for (; r < tile.count; ++r) score<1>(tile, s, r, k, i % kSplit, lanes);
+    kScore[tile.count](a, s, k, i % kSplit, first_lanes(next - i));
   }
 }
 
@@ -154,6 +153,10 @@ void values_of(const Tile& tile, const Scores& s, State* states, int first, int6
   }
 }
 
+using Values = void(const Tile&, const Scores&, State*, int, int64_t, int64_t);
+constexpr Values* kValues[kValuePairs + 1] = {nullptr,      values_of<1>, values_of<2>, values_of<3>,
+                                              values_of<4>, values_of<5>, values_of<6>};
+
 void attend(const Tile& tile, const float* const* rows) {
   const cpu::AttentionArgs& a = tile.a;
   Scores s;
@@ -176,11 +179,10 @@ void attend(const Tile& tile, const float* const* rows) {
       else
         std::fill(s.p[r], s.p[r] + kSplit, 0.0f);
     }
-    int r = 0;
-    for (; r + kValuePairs <= tile.count; r += kValuePairs) values_of<kValuePairs>(tile, s, next, r, from, to);
-    for (; r + 2 <= tile.count; r += 2) values_of<2>(tile, s, next, r, from, to);
-    for (; r < tile.count; ++r) values_of<1>(tile, s, next, r, from, to);
-    for (r = 0; r < tile.count; ++r) {
+    const int half = tile.count > kValuePairs ? (tile.count + 1) / 2 : tile.count;
+    kValues[half](tile, s, next, 0, from, to);
+    if (half < tile.count) kValues[tile.count - half](tile, s, next, half, from, to);
+    for (int r = 0; r < tile.count; ++r) {
       if (std::max(tile.range[r].first, split) >= std::min(tile.range[r].visible, to)) continue;
       if (has_any[r]) {
         join(total[r], next[r], a.D);
