@@ -146,15 +146,6 @@ EXPORT void vivace_pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scal
   cpu::pack_int4(out, q, scales, N, K, group);
 }
 
-EXPORT int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count) {
-  return cpu::round_int8(out, w, N, K, first, count);
-}
-
-EXPORT int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first,
-                                 int64_t count) {
-  return cpu::round_int4(out, w, N, K, group, first, count);
-}
-
 // How many ops have finished. Any thread may ask, while another is in an op.
 EXPORT int64_t vivace_context_progress(void* context) {
   return static_cast<Context*>(context)->finished.load(std::memory_order_relaxed);
@@ -172,6 +163,15 @@ EXPORT void vivace_program_run(void* context, void* program, const int64_t* size
   c.pool.begin();
   static_cast<cpu::Program*>(program)->run(context, sizes, more, num_more);
   c.pool.end();
+}
+
+EXPORT int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count) {
+  return cpu::round_int8(out, w, N, K, first, count);
+}
+
+EXPORT int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first,
+                                 int64_t count) {
+  return cpu::round_int4(out, w, N, K, group, first, count);
 }
 
 #define OP(op, Args)                                                                  \
