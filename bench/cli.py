@@ -1,4 +1,4 @@
-"""`vivace bench host|startup|frontend|process`."""
+"""`vivace bench host|startup|frontend|process|quality`."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from vivace.bench import frontend, host, process, result, startup
+from vivace.bench import frontend, host, process, quality, result, startup
 from vivace.bench.result import Figure
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "northstar"
@@ -35,6 +35,13 @@ def main(command: str, argv: list[str]) -> int:
             )
             figures = process.measure(args.model, decode)
             config = {"model": args.model.name, **asdict(decode)}
+        case "quality":
+            figures = quality.measure(args.model, quality.read_rows(args.rows, args.rows_kind))
+            config = {
+                "model": args.model.name,
+                "rows": args.rows.name,
+                "kind": args.rows_kind or "all",
+            }
     result.report(f"bench {args.kind}", figures, config)
     return 0
 
@@ -62,4 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=96, help="of each stream")
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     one.add_argument("--quantize", default="none")
+    one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
+    one.add_argument("model", type=Path)
+    one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
+    one.add_argument("--rows-kind", metavar="KIND", help="only lines whose kind is this")
     return parser
