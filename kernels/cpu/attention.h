@@ -1,60 +1,410 @@
-// Attention over the paged cache: what its instruction sets share.
+// Attention over the paged cache. A tile is up to 24 pairs (row, query head) of one request that share a KV head: K and V of a
+// split are read from the cache once for all of them.
 //
-// Positions are added up in splits of 256 counted from position 0: a split has its own maximum, sum and weighted values,
-// and splits are joined in order. So a row's result depends on its own context alone: not on the other rows, not on where
-// a chunk began, not on which blocks it has.
+// Positions are added up in splits of 256 counted from position 0: a split has its own maximum, sum and weighted values; splits
+// are joined in order to groups of 8, groups to the result. Scores add up over d, values over positions, each in one chain; what
+// a pair does not see weighs 0, and adding that changes nothing. So a row's result depends on its own context alone: not on the
+// other rows, not on where a chunk began, not on which blocks it has, not on which thread had which group.
+//
+// Threads take tiles, or of few tiles the groups. Bound by FMA in prefill, by reading K and V in decode.
 #pragma once
 #include <algorithm>
-#include <cstring>
+#include <atomic>
+#include <utility>
 
 #include "math.h"
 #include "ops.h"
+#include "simd.h"
 
 namespace {
 
 constexpr int64_t kSplit = 256;  // kernels.attention.SPLIT_TOKENS
+constexpr int64_t kGroup = 8 * kSplit;
 constexpr int64_t kMaxD = 1024;  // checked by kernels/attention/cpu.py
+constexpr int kPairs = 24;
+constexpr int kRows = kWidth == 16 ? 12 : 6;     // of these, whose sums with two vectors of K stay in registers,
+constexpr int kValueRows = 6;                    // or with so many vectors of V
+constexpr int kColumns = kWidth == 16 ? 4 : 2;
+constexpr int64_t kScratch = 1 << 16;            // floats on the stack for the groups of few tiles
+constexpr int64_t kSmall = 1 << 18;              // multiplications that one thread does sooner than two have met
+constexpr float kLowest = -__builtin_inff();
 
-// A row of q and what has been added up for it.
 struct State {
-  float max, sum;
-  float acc[kMaxD];
+  float max, sum;  // sum 0: of nothing
 };
 
-inline void join(State& total, const State& next, int64_t D) {
+struct Tile {
+  const int32_t* table;
+  int64_t b, g, first_pair, count, begin, end;  // the positions that any pair sees
+};
+
+// Up to kWidth positions of one block: `first..last-1` of the split.
+struct Run {
+  const float *k, *v;
+  int64_t first, last;
+};
+
+// What a thread has of a tile.
+struct Work {
+  alignas(64) float p[kPairs * kSplit];  // scores, then weights
+  alignas(64) float q[kMaxD * kPairs];   // with the scale in it
+  alignas(64) float split_acc[kPairs * kMaxD];
+  alignas(64) float group_acc[kPairs * kMaxD];
+  alignas(64) float total_acc[kPairs * kMaxD];
+  State split[kPairs], group[kPairs], total[kPairs];
+  int64_t low[kPairs], high[kPairs];  // the positions that a pair sees
+  Run runs[2][kSplit + 1];
+};
+
+// q . K of two runs for R pairs. `ahead` is where K or V are read soon.
+template <int R>
+void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run* runs, const float* const* ahead) {
+  Vec sums[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec{};
+  const float *k0 = runs[0].k, *k1 = runs[1].k, *next0 = ahead[0], *next1 = ahead[1];
+  const int64_t count0 = runs[0].last - runs[0].first, count1 = runs[1].last - runs[1].first;
+  const auto step = [&](int64_t d, Vec v0, Vec v1) __attribute__((always_inline)) {
+    __builtin_prefetch(next0 + d * a.S);
+    __builtin_prefetch(next1 + d * a.S);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec one = broadcast(q[d * kPairs + r]);
+      sums[r][0] = fma(one, v0, sums[r][0]);
+      sums[r][1] = fma(one, v1, sums[r][1]);
+    }
+  };
+  if (count0 == kWidth && count1 == kWidth) {
+    for (int64_t d = 0; d < a.D; ++d) step(d, load(k0 + d * a.S), load(k1 + d * a.S));
+  } else {
+    for (int64_t d = 0; d < a.D; ++d) step(d, load_first(k0 + d * a.S, count0), load_first(k1 + d * a.S, count1));
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store_first(p + r * kSplit + runs[0].first, sums[r][0], count0);
+    store_first(p + r * kSplit + runs[1].first, sums[r][1], count1);
+  }
+}
+
+// p . V over all runs for R pairs and C vectors of a head, of which `left` elements are there.
+template <int R, int C>
+void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* run, const Run* end, int64_t d,
+            const float* after) {
+  Vec sums[R][C];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[r][c] = Vec{};
+  const int64_t left = a.D - d;
+  const auto rows = [&](auto load_last) __attribute__((always_inline)) {
+    for (; run < end; ++run) {
+      const float* v = run->v + d;
+      const float* next = run + 2 < end ? run[2].v + d : after;
+      for (int64_t i = run->first; i < run->last; ++i, v += a.D, next += a.D) {
+        Vec row[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          row[c] = c == C - 1 ? load_last(v + c * kWidth) : load(v + c * kWidth);
+          __builtin_prefetch(next + c * kWidth);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const Vec weight = broadcast(p[r * kSplit + i]);
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) sums[r][c] = fma(weight, row[c], sums[r][c]);
+        }
+      }
+    }
+  };
+  if (left >= C * kWidth) {
+    rows([](const float* x) { return load(x); });
+  } else {
+    rows([left](const float* x) { return load_first(x, left - (C - 1) * kWidth); });
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      store_first(acc + r * a.D + d + c * kWidth, sums[r][c], c == C - 1 ? left - c * kWidth : kWidth);
+}
+
+template <int R, int C = kColumns>
+void values_of(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* run, const Run* end, int64_t d,
+               const float* after) {
+  if constexpr (C > 1) {
+    if (a.D - d <= (C - 1) * kWidth) return values_of<R, C - 1>(a, p, acc, run, end, d, after);
+  }
+  values<R, C>(a, p, acc, run, end, d, after);
+}
+
+using Score = void(const cpu::AttentionArgs&, const float*, float*, const Run*, const float* const*);
+using Values = void(const cpu::AttentionArgs&, const float*, float*, const Run*, const Run*, int64_t, const float*);
+
+template <size_t... R>
+inline Score* score_for(int64_t rows, std::index_sequence<R...>) {
+  static constexpr Score* kAll[] = {score<int(R) + 1>...};
+  return kAll[rows - 1];
+}
+
+template <size_t... R>
+inline Values* values_for(int64_t rows, std::index_sequence<R...>) {
+  static constexpr Values* kAll[] = {values_of<int(R) + 1>...};
+  return kAll[rows - 1];
+}
+
+// The runs of positions begin..end-1 of one split, and one more that is the last again. Returns how many there are.
+int64_t find_runs(const cpu::AttentionArgs& a, const Tile& tile, Run* runs, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t i = begin, next; i < end; i = next) {
+    const int64_t offset = i % a.S;
+    next = std::min({i - offset + a.S, i - offset % kWidth + kWidth, end});
+    const float* k = a.kv_cache + (int64_t(tile.table[i / a.S]) * 2 * a.G + tile.g) * a.S * a.D;
+    runs[count++] = {k + offset, k + (a.G * a.S + offset) * a.D, i % kSplit, i % kSplit + (next - i)};
+  }
+  if (count > 0) runs[count] = runs[count - 1];
+  return count;
+}
+
+// From scores to weights of one pair: 0 outside low..high-1, which are places in the split.
+State weigh(float* p, float softcap, int64_t low, int64_t high) {
+  const int64_t from = low / kWidth * kWidth, to = (high + kWidth - 1) / kWidth * kWidth;
+  const auto hide = [&](int64_t i) {
+    const Ints place = lanes() + int32_t(i);
+    store(p + i, (place >= int32_t(low)) & (place < int32_t(high)) ? load(p + i) : broadcast(kLowest));
+  };
+  hide(from);
+  hide(to - kWidth);
+  if (softcap > 0)
+    for (int64_t i = from; i < to; ++i) p[i] = p[i] == kLowest ? kLowest : softcap * tanh_poly(p[i] / softcap);
+  Vec most = load(p + from), sum = {};
+  for (int64_t i = from + kWidth; i < to; i += kWidth) {
+    const Vec score = load(p + i);
+    most = most > score ? most : score;
+  }
+  const float max = greatest(most);
+  for (int64_t i = from; i < to; i += kWidth) {
+    const Vec weight = exp_of(load(p + i) - max);
+    store(p + i, weight);
+    sum += weight;
+  }
+  std::memset(p, 0, size_t(from) * 4);
+  std::memset(p + to, 0, size_t(kSplit - to) * 4);
+  return {max, add_all(sum)};
+}
+
+// Adds `next` to `total`.
+inline void join(State& total, float* total_acc, const State& next, const float* next_acc, int64_t D) {
+  if (next.sum == 0) return;
+  if (total.sum == 0) {
+    total = next;
+    std::memcpy(total_acc, next_acc, size_t(D) * 4);
+    return;
+  }
   const float max = std::max(total.max, next.max);
   const float keep = exp_poly(total.max - max), take = exp_poly(next.max - max);
-  total.sum = total.sum * keep + next.sum * take;
-  for (int64_t d = 0; d < D; ++d) total.acc[d] = total.acc[d] * keep + next.acc[d] * take;
-  total.max = max;
+  for (int64_t d = 0; d < D; ++d) total_acc[d] = total_acc[d] * keep + next_acc[d] * take;
+  total = {max, total.sum * keep + next.sum * take};
 }
 
-// A logit without a value.
-inline void add_sink(State& total, float sink, int64_t D) {
-  const float max = std::max(total.max, sink);
-  const float keep = exp_poly(total.max - max);
-  total.sum = total.sum * keep + exp_poly(sink - max);
-  for (int64_t d = 0; d < D; ++d) total.acc[d] *= keep;
+// One split of a tile: into w.split and w.split_acc. `next` is the first run of the split after it.
+void attend_split(const cpu::AttentionArgs& a, const Tile& tile, Work& w, const Run* runs, int64_t num_runs,
+                  const Run& next, int64_t split) {
+  for (int64_t i = 0; i < num_runs; i += 2) {
+    for (int64_t r = 0, rows; r < tile.count; r += rows) {
+      rows = tile.count - r > kRows && tile.count - r < 2 * kRows ? (tile.count - r + 1) / 2
+                                                                  : std::min<int64_t>(tile.count - r, kRows);
+      const float* ahead[2];
+      for (int64_t j = 0; j < 2; ++j) {
+        const int64_t soon = i + j + 2;
+        ahead[j] = soon < num_runs ? runs[soon].k : runs[std::min(soon - num_runs, num_runs - 1)].v;
+      }
+      score_for(rows, std::make_index_sequence<kRows>())(a, w.q + r, w.p + r * kSplit, runs + i, ahead);
+    }
+  }
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const int64_t low = std::max(w.low[r], split) - split, high = std::min(w.high[r], split + kSplit) - split;
+    w.split[r] = {kLowest, 0};
+    if (low < high)
+      w.split[r] = weigh(w.p + r * kSplit, a.softcap, low, high);
+    else
+      std::memset(w.p + r * kSplit, 0, size_t(kSplit) * 4);
+  }
+  for (int64_t r = 0, rows; r < tile.count; r += rows) {
+    rows = tile.count - r > kValueRows && tile.count - r < 2 * kValueRows
+               ? (tile.count - r + 1) / 2
+               : std::min<int64_t>(tile.count - r, kValueRows);
+    Values* add_up = values_for(rows, std::make_index_sequence<kValueRows>());
+    for (int64_t d = 0; d < a.D; d += kColumns * kWidth)
+      add_up(a, w.p + r * kSplit, w.split_acc + r * a.D, runs, runs + num_runs, d, next.k);
+  }
 }
 
-// The positions that a row sees: first .. visible - 1.
-struct Range {
-  int64_t first, visible;
+// The positions begin..end-1 of one group: into w.group and w.group_acc.
+void attend_group(const cpu::AttentionArgs& a, const Tile& tile, Work& w, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < tile.count; ++r) w.group[r] = {kLowest, 0};
+  int side = 0;
+  int64_t split = begin / kSplit * kSplit, to = std::min(split + kSplit, end);
+  int64_t num_runs = find_runs(a, tile, w.runs[0], begin, to);
+  while (num_runs > 0) {
+    const int64_t next_to = std::min(to + kSplit, end);
+    const int64_t next_runs = find_runs(a, tile, w.runs[1 - side], to, next_to);
+    const Run& next = next_runs > 0 ? w.runs[1 - side][0] : w.runs[side][0];
+    attend_split(a, tile, w, w.runs[side], num_runs, next, split);
+    for (int64_t r = 0; r < tile.count; ++r)
+      join(w.group[r], w.group_acc + r * a.D, w.split[r], w.split_acc + r * a.D, a.D);
+    side = 1 - side;
+    split += kSplit;
+    to = next_to;
+    num_runs = next_runs;
+  }
+}
+
+// Where a pair of a tile is in q and out.
+inline int64_t row_of(const cpu::AttentionArgs& a, const Tile& tile, int64_t r) {
+  const int64_t heads = a.H / a.G, pair = tile.first_pair + r;
+  return (a.query_starts[tile.b] + pair / heads) * a.H + tile.g * heads + pair % heads;
+}
+
+void begin_tile(const cpu::AttentionArgs& a, const Tile& tile, Work& w) {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const int64_t row = row_of(a, tile, r);
+    for (int64_t d = 0; d < a.D; ++d) w.q[d * kPairs + r] = a.q[row * a.D + d] * a.scale;
+    w.high[r] = a.context_lens[tile.b] - (a.query_starts[tile.b + 1] - row / a.H) + 1;
+    w.low[r] = a.window > 0 ? std::max<int64_t>(0, w.high[r] - a.window) : 0;
+    w.total[r] = {kLowest, 0};
+  }
+}
+
+// A sink is a logit without a value.
+void end_tile(const cpu::AttentionArgs& a, const Tile& tile, Work& w) {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const int64_t row = row_of(a, tile, r);
+    const State& total = w.total[r];
+    float keep = 1, sum = total.sum;
+    if (a.sinks) {
+      const float sink = a.sinks[row % a.H], max = std::max(total.max, sink);
+      keep = exp_poly(total.max - max);
+      sum = sum * keep + exp_poly(sink - max);
+    }
+    for (int64_t d = 0; d < a.D; ++d) a.out[row * a.D + d] = w.total_acc[r * a.D + d] * keep / sum;
+  }
+}
+
+// All tiles in order of their numbers; the later rows of a request, which see the most, come first.
+struct Tiles {
+  explicit Tiles(const cpu::AttentionArgs& args) : a(args), heads(args.H / args.G) {}
+
+  int64_t of(int64_t b) const { return ((a.query_starts[b + 1] - a.query_starts[b]) * heads + kPairs - 1) / kPairs; }
+
+  Tile make(int64_t b, int64_t g, int64_t i) const {
+    const int64_t rows = a.query_starts[b + 1] - a.query_starts[b], place = (of(b) - 1 - i) * kPairs;
+    const int64_t count = std::min<int64_t>(rows * heads - place, kPairs), seen = a.context_lens[b] - rows + 1;
+    const int64_t begin = a.window > 0 ? std::max<int64_t>(0, seen + place / heads - a.window) : 0;
+    return {a.block_tables + b * a.X, b, g, place, count, begin, seen + (place + count - 1) / heads};
+  }
+
+  const cpu::AttentionArgs& a;
+  int64_t heads;
 };
 
-inline Range range_of(const cpu::AttentionArgs& a, int64_t b, int64_t t) {
-  const int64_t visible = a.context_lens[b] - (a.query_starts[b + 1] - t) + 1;
-  return {a.window > 0 ? std::max(int64_t(0), visible - a.window) : 0, visible};
+inline int64_t groups_of(const Tile& tile) { return (tile.end + kGroup - 1) / kGroup - tile.begin / kGroup; }
+
+struct Job {
+  const cpu::AttentionArgs& a;
+  float* scratch;  // of each tile's groups, or null: a tile's groups are one thread's
+  std::atomic<int64_t>* next;
+};
+
+struct Item {
+  Tile tile;
+  int64_t group;   // of the tile; unused without scratch
+  float* partial;  // [count, 2 + D]
+};
+
+// Calls `visit` for each item from number `from` on until it says no.
+template <typename Visit>
+void each_item(const Job& job, Visit visit) {
+  const Tiles tiles(job.a);
+  float* partial = job.scratch;
+  int64_t number = 0;
+  for (int64_t b = 0; b < job.a.B; ++b)
+    for (int64_t i = 0, count = tiles.of(b); i < count; ++i)
+      for (int64_t g = 0; g < job.a.G; ++g) {
+        const Tile tile = tiles.make(b, g, i);
+        const int64_t groups = job.scratch ? groups_of(tile) : 1;
+        for (int64_t group = 0; group < groups; ++group, ++number) {
+          visit(number, Item{tile, group, partial});
+          if (job.scratch) partial += tile.count * (2 + job.a.D);
+        }
+      }
 }
 
-// The request that a row is of; B for a row of nobody.
-inline int64_t request_of(const cpu::AttentionArgs& a, int64_t t) {
-  return std::upper_bound(a.query_starts, a.query_starts + a.B + 1, int32_t(t)) - a.query_starts - 1;
+void attend_item(const cpu::AttentionArgs& a, const Item& item, Work& w) {
+  const Tile& tile = item.tile;
+  begin_tile(a, tile, w);
+  const int64_t first = tile.begin / kGroup + item.group, last = item.partial ? first + 1 : (tile.end + kGroup - 1) / kGroup;
+  for (int64_t group = first; group < last; ++group) {
+    attend_group(a, tile, w, std::max(tile.begin, group * kGroup), std::min(tile.end, (group + 1) * kGroup));
+    for (int64_t r = 0; r < tile.count; ++r) {
+      if (!item.partial) {
+        join(w.total[r], w.total_acc + r * a.D, w.group[r], w.group_acc + r * a.D, a.D);
+        continue;
+      }
+      float* partial = item.partial + r * (2 + a.D);
+      partial[0] = w.group[r].max;
+      partial[1] = w.group[r].sum;
+      std::memcpy(partial + 2, w.group_acc + r * a.D, size_t(a.D) * 4);
+    }
+  }
+  if (!item.partial) end_tile(a, tile, w);
 }
 
-// K of a block, [D, S]; V, [S, D], lies `v_offset` behind it.
-inline const float* block_of(const cpu::AttentionArgs& a, const int32_t* table, int64_t position, int64_t g) {
-  return a.kv_cache + (int64_t(table[position / a.S]) * 2 * a.G + g) * a.S * a.D;
+// Each thread takes the next item that nobody has: contexts differ in length.
+void take_items(const void* args, int64_t, int64_t) {
+  const Job& job = *static_cast<const Job*>(args);
+  Work w;
+  int64_t mine = job.next->fetch_add(1, std::memory_order_relaxed);
+  each_item(job, [&](int64_t number, const Item& item) {
+    if (number != mine) return;
+    attend_item(job.a, item, w);
+    mine = job.next->fetch_add(1, std::memory_order_relaxed);
+  });
+}
+
+// What the groups of a tile make together.
+void join_groups(const Job& job) {
+  const cpu::AttentionArgs& a = job.a;
+  Work w;
+  each_item(job, [&](int64_t, const Item& item) {
+    if (item.group == 0) begin_tile(a, item.tile, w);
+    for (int64_t r = 0; r < item.tile.count; ++r) {
+      const float* partial = item.partial + r * (2 + a.D);
+      join(w.total[r], w.total_acc + r * a.D, {partial[0], partial[1]}, partial + 2, a.D);
+    }
+    if (item.group == groups_of(item.tile) - 1) end_tile(a, item.tile, w);
+  });
+}
+
+void attend(cpu::Pool& pool, const cpu::AttentionArgs& a) {
+  const int64_t used = a.B > 0 ? a.query_starts[a.B] : 0;
+  std::memset(a.out + used * a.H * a.D, 0, size_t((a.T - used) * a.H * a.D) * 4);  // rows of nobody
+  std::atomic<int64_t> next{0};
+  int64_t num_tiles = 0, num_groups = 0, floats = 0, work = 0;
+  each_item({a, nullptr, &next}, [&](int64_t, const Item& item) {
+    const Tile& tile = item.tile;
+    ++num_tiles;
+    num_groups += groups_of(tile);
+    floats += groups_of(tile) * tile.count * (2 + a.D);
+    work += tile.count * (tile.end - tile.begin) * a.D;
+  });
+  float scratch[kScratch];
+  const bool is_by_group = num_tiles < 32 && num_groups > num_tiles && floats <= kScratch;
+  const Job job{a, is_by_group ? scratch : nullptr, &next};
+  const int64_t count = is_by_group ? num_groups : num_tiles;
+  pool.for_range(count, work < kSmall ? count : 1, take_items, &job);
+  if (is_by_group) join_groups(job);
 }
 
 }  // namespace
+
+void cpu::VIVACE_ISA(attention)(Pool& pool, const AttentionArgs& a) { attend(pool, a); }

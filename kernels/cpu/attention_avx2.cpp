@@ -1,2 +1,2 @@
 #define VIVACE_ISA(op) op##_avx2
-#include "attention_plain.h"
+#include "attention.h"

@@ -1,2 +1,2 @@
 #define VIVACE_ISA(op) op##_portable
-#include "attention_plain.h"
+#include "attention.h"

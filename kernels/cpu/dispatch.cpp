@@ -188,6 +188,15 @@ EXPORT void vivace_program_run(void* context, void* program, const int64_t* size
   c.pool.end();
 }
 
+EXPORT int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count) {
+  return cpu::round_int8(out, w, N, K, first, count);
+}
+
+EXPORT int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first,
+                                 int64_t count) {
+  return cpu::round_int4(out, w, N, K, group, first, count);
+}
+
 #define OP(op, Args)                                                                  \
   EXPORT int64_t vivace_##op##_size() { return int64_t(sizeof(cpu::Args)); }          \
   EXPORT void vivace_##op(void* context, const void* args) {                          \

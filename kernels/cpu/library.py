@@ -187,6 +187,21 @@ class Library:
         weakref.finalize(owner, destroy, program)
         return program
 
+    def round(
+        self, out: Array, rows: Array, N: int, K: int, group: int | None, *, first: int
+    ) -> bool:
+        """Round rows of a matrix [N, K], fp32, to their places from `first` on; `out` was zero. False: one is not finite.
+
+        Threads may call it for rows of different tiles of 32.
+        """
+        pointers = [ctypes.c_void_p(pointer(array)) for array in (out, rows)]
+        sizes = (N, K, first, len(rows)) if group is None else (N, K, group, first, len(rows))
+        function = (
+            self._library.vivace_round_int8 if group is None else self._library.vivace_round_int4
+        )
+        is_finite: int = function(*pointers, *map(ctypes.c_int64, sizes))
+        return bool(is_finite)
+
     def isas(self) -> dict[str, int]:
         """The instruction sets that the library has and this CPU too, by name, the best last."""
         number, found = 0, {}

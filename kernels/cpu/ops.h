@@ -275,5 +275,9 @@ int64_t packed_int8_bytes(int64_t N, int64_t K);
 void pack_int8(uint8_t* out, const int8_t* q, const float* scales, int64_t N, int64_t K);
 int64_t packed_int4_bytes(int64_t N, int64_t K, int64_t group);
 void pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scales, int64_t N, int64_t K, int64_t group);
+// The same from fp32, by rows: rounds `count` rows w [count, K], which are those from `first` on. `out` was zero before the
+// first of them. False: a number is not finite, or so large that its scale is not; then some rows are not written.
+bool round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count);
+bool round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first, int64_t count);
 
 }  // namespace cpu

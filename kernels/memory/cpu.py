@@ -69,6 +69,16 @@ class CpuMemory:
         self._library.pack(data, weight)
         return PackedMatrix(data, weight.shape, weight.group)
 
+    def packed(self, data: Array, shape: tuple[int, int], group: int | None) -> PackedMatrix:
+        """The packed matrix that lies in these bytes."""
+        return PackedMatrix(data, shape, group)
+
+    def round(
+        self, out: Array, rows: Array, shape: tuple[int, int], group: int | None, *, first: int
+    ) -> bool:
+        """Write some rows of a packed matrix, fp32, to its bytes; see `Library.round`."""
+        return self._library.round(out, rows, *shape, group, first=first)
+
     def read(self, buffer: Array) -> Array:
         """The array itself."""
         return buffer

@@ -5,15 +5,15 @@ import numpy as np
 from tests.kernels.arrays import out, run
 from vivace.kernels.buffer import DType
 
-S = 16  # tokens per block
+S = 16  # tokens per block, unless a test says other
 
 
 class Paged:
     """Contexts of several requests in one cache, written through the only door, blocks in any order."""
 
-    def __init__(self, ops, lengths, *, G, D, seed=0, order=None, spare=2):
+    def __init__(self, ops, lengths, *, G, D, seed=0, order=None, spare=2, S=S):
         rng = np.random.default_rng(seed)
-        self.ops, self.lengths, self.G, self.D = ops, lengths, G, D
+        self.ops, self.lengths, self.G, self.D, self.S = ops, lengths, G, D, S
         self.k = [rng.standard_normal((n, G, D), dtype=np.float32) for n in lengths]
         self.v = [rng.standard_normal((n, G, D), dtype=np.float32) for n in lengths]
         needed = [-(-n // S) for n in lengths]
@@ -32,8 +32,8 @@ class Paged:
 
     def _poison(self):
         """What nobody writes must never be read."""
-        nothing = np.full((self.num_blocks * S, self.G, self.D), np.nan, np.float32)
-        self.write(nothing, nothing, np.arange(self.num_blocks * S))
+        nothing = np.full((self.num_blocks * self.S, self.G, self.D), np.nan, np.float32)
+        self.write(nothing, nothing, np.arange(self.num_blocks * self.S))
 
     def write(self, k, v, slots):
         """Unrotated: the angle is 0."""
@@ -48,6 +48,7 @@ class Paged:
 
     def forget(self, counts, window):
         """What lies left of the windows of the last `counts[b]` tokens becomes NaN, its blocks nonsense."""
+        S = self.S
         for b, (n, count) in enumerate(zip(self.lengths, counts, strict=True)):
             first = max(0, n - count - window + 1)
             slots = self.tables[b, np.arange(first) // S] * S + np.arange(first) % S

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, close, ops_of
+from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of
 from tests.kernels.paged import Paged, S, queries
 from vivace.kernels.attention import SPLIT_TOKENS
 from vivace.kernels.backend import Backend
@@ -28,6 +28,58 @@ def test_contexts_around_the_splits(backend, length):
     paged = Paged(ops_of(backend), (length,), G=1, D=8)
     q = queries(3, 2, 8)
     close(paged.attend(q, (3,)), paged.want(q, (3,)), 3e-6)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("H", "G", "D"), [(5, 1, 8), (14, 2, 64), (16, 1, 24), (26, 1, 96), (3, 3, 1), (6, 2, 144)]
+)
+@pytest.mark.parametrize("block_tokens", (1, 3, 8, 12, 32, 48))
+def test_blocks_and_heads_that_fit_no_vector(backend, H, G, D, block_tokens):
+    """Their last positions and elements are read and no others: the spare blocks are NaN."""
+    lengths, counts = (1, 30, 270, 13), (1, 3, 9, 13)
+    paged = Paged(ops_of(backend, 2), lengths, G=G, D=D, S=block_tokens)
+    q = queries(sum(counts), H, D)
+    close(paged.attend(q, counts), paged.want(q, counts), 3e-6)
+    want = paged.want(q, counts, window=11)
+    paged.forget(counts, 11)
+    close(paged.attend(q, counts, window=11), want, 3e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("window", (0, 2049, 2500))
+def test_contexts_of_several_groups_of_splits(backend, window):
+    """Few of them: threads take the groups of one tile. Then so many that each tile is one thread's: the same bits."""
+    lengths = (2047, 2048, 2049, 4097, 300)
+    paged = Paged(ops_of(backend, 2), lengths, G=2, D=16)
+    q = queries(len(lengths), 4, 16)
+    counts = (1,) * len(lengths)
+    want = paged.want(q, counts, window=window)
+    got = paged.attend(q, counts, window=window)
+    close(got, want, 3e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda one: one.value)
+@pytest.mark.parametrize("threads", (1, 2, 4))
+def test_who_has_which_group_of_splits_changes_no_bit(isa, threads):
+    paged = Paged(ops_of(isa, threads), (5000,), G=1, D=16)
+    q = queries(100, 9, 16)
+    alone = Paged(ops_of(isa), (5000,), G=1, D=16)
+    many = paged.attend(q, (100,))
+    assert np.array_equal(alone.attend(q, (100,)), many)
+    assert np.array_equal(paged.attend(q[-1:], (1,)), many[-1:])
+    assert np.array_equal(alone.attend(q[-1:], (1,)), many[-1:])
+
+
+@each_backend
+def test_a_number_that_is_none_stays_one(backend):
+    """In a value or a score: an answer must not come of it."""
+    for poisoned in (0, 1):
+        paged = Paged(ops_of(backend), (20,), G=1, D=8)
+        bad = [paged.k[0].copy(), paged.v[0].copy()]
+        bad[poisoned][3] = np.nan
+        paged.write(*bad, paged.tables[0, np.arange(20) // S] * S + np.arange(20) % S)
+        assert np.isnan(paged.attend(queries(1, 2, 8), (1,))).all()
 
 
 @each_backend

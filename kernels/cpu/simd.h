@@ -1,0 +1,128 @@
+// Vectors of the instruction set that a file is compiled for: 16 floats (AVX-512), 8 (AVX2) or 4. Arithmetic is the compiler's;
+// here is what it has no operator for. Without AVX2 a multiply-add rounds twice.
+// Header-only and static, as math.h is.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return Vec{} + x;
+#endif
+}
+
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// 0, 1, 2 ...
+inline Ints lanes() {
+  Ints v = {};
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+
+// The first `count` elements (of 1..kWidth; more are as many), zeros behind them. What lies behind is not touched.
+inline Vec load_first(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(__mmask16(count >= 16 ? 0xffff : (1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, (__m256i)(lanes() < int32_t(count < 8 ? count : 8)));
+#else
+  Vec v = {};
+  for (int64_t i = 0; i < (count < kWidth ? count : kWidth); ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store_first(float* p, Vec v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16(count >= 16 ? 0xffff : (1u << count) - 1), v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)(lanes() < int32_t(count < 8 ? count : 8)), v);
+#else
+  std::memcpy(p, &v, size_t(count < kWidth ? count : kWidth) * 4);
+#endif
+}
+
+// Halves onto each other until one is left: one order for each width.
+inline float add_all(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float x[kWidth];
+  std::memcpy(x, &v, sizeof v);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+#endif
+}
+
+inline float greatest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float most = v[0];
+  for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+
+// e^x for x <= 0, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.
+// The polynomial of math.h.
+inline Vec exp_of(Vec x) {
+  const Vec lowest = broadcast(-110.0f), round = broadcast(12582912.0f);  // 1.5 * 2^23
+  const Vec clamped = lowest > x ? lowest : x;
+  const Vec shifted = fma(clamped, broadcast(1.44269504088896341f), round);
+  const Vec n = shifted - round;
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clamped));
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  const Vec y = p * (Vec)(((Ints)shifted + 127) << 23);
+  return x < broadcast(-87.0f) ? Vec{} : y;
+#endif
+}
+
+}  // namespace
