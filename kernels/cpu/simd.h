@@ -20,6 +20,9 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef float Half __attribute__((vector_size(2 * kWidth)));
+typedef double Wide __attribute__((vector_size(4 * kWidth)));  // of as many bytes, so of half the lanes
+typedef int64_t Longs __attribute__((vector_size(4 * kWidth)));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -46,6 +49,34 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+inline Wide fma(Wide a, Wide b, Wide c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Wide widen(const float* p) {
+  Half v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Wide);
+}
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  Longs both;
+  std::memcpy(&both, &mask, sizeof both);
+  return (both[0] | both[1]) != 0;
 #endif
 }
 
@@ -102,7 +133,7 @@ inline float greatest(Vec v) {
 #endif
 }
 
-// e^x for x <= 0, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.
+// e^x for x <= 88, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.
 // The polynomial of math.h.
 inline Vec exp_of(Vec x) {
   const Vec lowest = broadcast(-110.0f), round = broadcast(12582912.0f);  // 1.5 * 2^23
@@ -123,6 +154,23 @@ inline Vec exp_of(Vec x) {
   const Vec y = p * (Vec)(((Ints)shifted + 127) << 23);
   return x < broadcast(-87.0f) ? Vec{} : y;
 #endif
+}
+
+// The same in fp64, for x <= 700: within 2 ulp down to -700, 0 below. A series, whose 14th term is below half an ulp.
+inline Wide exp_of(Wide x) {
+  const Wide lowest = Wide{} - 700.0, round = Wide{} + 0x1.8p52;
+  const Wide clamped = x < lowest ? lowest : x;
+  const Wide shifted = fma(clamped, Wide{} + 0x1.71547652b82fep0, round);  // 1 / ln 2
+  const Wide n = shifted - round;
+  const Wide r = fma(n, Wide{} - 0x1.7f7d1cf79abcap-20, fma(n, Wide{} - 0x1.62e4p-1, clamped));
+  constexpr double kTerms[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                               1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
+                               1.0 / 6,          0.5,             1.0,            1.0};
+  Wide p = Wide{} + kTerms[0];
+#pragma GCC unroll 13
+  for (int i = 1; i < 14; ++i) p = fma(p, r, Wide{} + kTerms[i]);
+  const Wide y = p * (Wide)(((Longs)shifted + 1023) << 52);
+  return x < lowest ? Wide{} : y;
 }
 
 }  // namespace
