@@ -29,6 +29,11 @@ def optional_pointer(array: Array | None) -> int | None:
     return None if array is None else pointer(array)
 
 
+def is_bf16(array: Array) -> bool:
+    """Whether an array of weights holds bf16, as the bits of uint16."""
+    return array.dtype == np.uint16
+
+
 class Library:
     """One context of the library: an instruction set and a thread pool of its own, freed with this object."""
 

@@ -43,7 +43,10 @@ void keep_top_p(const Row& row, double p, Candidates& found) {
   if (!(row.max > kDropped)) return;
   const int64_t whole = row.V / kHalf * kHalf;
   Wide sums = {};
-  for (int64_t v = 0; v < whole; v += kHalf) sums += masses(row.scores + v, row.max);
+  for (int64_t v = 0; v < whole; v += kHalf) {
+    if (v % kWidth == 0 && !any(scores_at(row.scores, row.V, v) > broadcast(kDropped))) v += kHalf;  // by top-k
+    else sums += masses(row.scores + v, row.max);
+  }
   float rest[kHalf];
   for (int64_t j = 0; j < kHalf; ++j) rest[j] = whole + j < row.V ? row.scores[whole + j] : kDropped;
   sums += masses(rest, row.max);

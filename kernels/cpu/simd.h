@@ -30,6 +30,13 @@ inline Vec load(const float* p) {
   return v;
 }
 
+inline Vec load_bf16(const uint16_t* p) {
+  typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+  Shorts v;
+  std::memcpy(&v, p, sizeof v);
+  return (Vec)(__builtin_convertvector(v, Ints) << 16);
+}
+
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec broadcast(float x) {
@@ -121,6 +128,35 @@ inline float add_all(Vec v) {
     for (int i = 0; i < n; ++i) x[i] += x[i + n];
   return x[0];
 #endif
+}
+
+// `add_all` of each of N vectors.
+template <int N>
+inline void add_each(const Vec* v, float* sums) {
+  int done = 0;
+#if defined(__AVX512F__)
+  // Sixteen at a time, which share their halvings: a level puts the halves of two vectors' groups of lanes side by side.
+  const auto level = [](Vec* to, const Vec* from, int count, int half) __attribute__((always_inline)) {
+    Ints low;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) low[i] = i / half * 2 * half + i % half;
+    const Ints high = low + half;
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      to[i] = _mm512_permutex2var_ps(from[2 * i], (__m512i)low, from[2 * i + 1]) +
+              _mm512_permutex2var_ps(from[2 * i], (__m512i)high, from[2 * i + 1]);
+  };
+#pragma GCC unroll 2
+  for (; done + 16 <= N; done += 16) {
+    Vec eight[8], four[4], two[2], one;
+    level(eight, v + done, 8, 8);
+    level(four, eight, 4, 4);
+    level(two, four, 2, 2);
+    level(&one, two, 1, 1);
+    store(sums + done, one);
+  }
+#endif
+  for (; done < N; ++done) sums[done] = add_all(v[done]);
 }
 
 inline float greatest(Vec v) {
