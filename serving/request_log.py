@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import TextIO
 
@@ -58,4 +59,10 @@ class RequestLog:
 
     def write(self, entry: LogEntry) -> None:
         """One line."""
-        print(entry.line(), file=self._out, flush=True)
+        say(entry.line(), self._out)
+
+
+def say(text: str, out: TextIO) -> None:
+    """Write to a log. Whoever reads it may have gone: no request shall end for that."""
+    with suppress(OSError, ValueError):  # a broken pipe, a full disk; a file that is closed
+        print(text, file=out, flush=True)

@@ -30,7 +30,7 @@ from vivace.serving.boundary import Boundary
 from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
-from vivace.serving.request_log import RequestLog
+from vivace.serving.request_log import RequestLog, say
 from vivace.serving.running import RunningRequests
 from vivace.serving.servicer import InferenceServicer
 from vivace.serving.status import NotReady
@@ -222,7 +222,7 @@ class Server:
             await self._health.set(service, status)
 
     def _say(self, text: str) -> None:
-        print(f"vivace: {text}", file=self._console.log, flush=True)
+        say(f"vivace: {text}", self._console.log)
 
     def stop(self) -> None:
         """Drain and end; told again, end at once."""

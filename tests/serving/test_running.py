@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import io
+import os
+from contextlib import suppress
 
 import pytest
 
@@ -58,6 +60,34 @@ def test_half_of_the_room_is_left_to_parts_of_requests_that_run():
                 return True
 
     assert asyncio.run(fill())
+
+
+@pytest.fixture(params=["broken", "closed"])
+def log_nobody_reads(request):
+    reads, writes = os.pipe()
+    os.close(reads)
+    out = os.fdopen(writes, "w", buffering=1)
+    if request.param == "closed":
+        with suppress(BrokenPipeError):
+            out.write("\n")
+        with suppress(BrokenPipeError):
+            out.close()
+    yield out
+    with suppress(BrokenPipeError):
+        out.close()
+
+
+def test_a_log_that_nobody_reads_ends_no_request(log_nobody_reads):
+    running = RunningRequests(RequestLog(log_nobody_reads), max_requests=8)
+
+    async def serve():
+        for _ in range(3):
+            with running.run("Generate", "again", None):
+                pass
+        assert await ended(running)
+        return True
+
+    assert asyncio.run(serve())
 
 
 def test_a_request_is_ended_by_its_id_while_it_runs():
