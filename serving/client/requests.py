@@ -168,22 +168,38 @@ def _message(message: Message) -> dict[str, Any]:
     return fields
 
 
-def _content_part(part: Mapping[str, Any]) -> dict[str, str]:
-    kind = part.get("type")
+def _content_part(part: Any) -> dict[str, str]:
+    what = "a content part"
+    kind = _object(what, part).get("type")
     if kind == "text":
-        return {"text": part["text"]}
+        return {"text": _value(what, part, "text")}
     if kind not in MEDIA:
         raise ValueError(f"a content part's type must be text or one of {MEDIA}, got {kind!r}")
-    value = part[kind]
-    return {kind: value["url"] if isinstance(value, Mapping) else value}
+    value = _value(what, part, kind)
+    return {kind: _value(kind, value, "url") if isinstance(value, Mapping) else value}
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    if "function" not in call:
+def _tool_call(call: Any) -> dict[str, Any]:
+    if "function" not in _object("a tool call", call):
         return dict(call)
-    function = call["function"]
-    found = {"name": function["name"], "arguments_json": function["arguments"]}
+    what, function = "a tool call's function", call["function"]
+    found = {
+        "name": _value(what, function, "name"),
+        "arguments_json": _value(what, function, "arguments"),
+    }
     return found | ({"id": call["id"]} if "id" in call else {})
+
+
+def _object(what: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be an object, got {value!r:.80}")
+    return value
+
+
+def _value(what: str, of: Any, key: str) -> Any:
+    if key not in _object(what, of):
+        raise ValueError(f"{what} must have {key!r}, got {of!r:.80}")
+    return of[key]
 
 
 def _with_params(request: Kind, params: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Kind:
