@@ -7,6 +7,7 @@ from contextlib import aclosing, closing
 import grpc
 import pytest
 
+from tests.serving import fake_server
 from vivace.serving import client as library
 from vivace.serving import convert
 from vivace.serving.client import (
@@ -66,6 +67,14 @@ def test_events_and_completions_have_all_that_came(client):
     assert reply.usage.completion_tokens == 2 and reply.logprobs[0].logprob == -0.5
     assert [place.token_id for place in whole.prompt_logprobs] == [None, 5]
     assert client.complete_chat(HELLO).text == "chat!"
+
+
+def test_a_reason_that_only_a_newer_server_knows_is_its_number(fake, client, monkeypatch):
+    monkeypatch.setattr(fake_server, "FINISH", pb.Finish(reason=99, usage=pb.Usage()))
+    assert [event.finish_reason for event in client.generate("x")] == [None, "99"]
+    assert client.complete("x").replies[0].finish_reason == "99"
+    monkeypatch.setattr(fake_server, "FINISH", pb.Finish(usage=pb.Usage()))
+    assert client.complete("x").replies[0].finish_reason == "unspecified"
 
 
 def test_parameters_stand_where_the_proto_has_them(fake, client):
