@@ -120,12 +120,13 @@ class Server:
                 self._running.abort_all(NotReady("the server has stopped"))
                 await server.stop(END_STREAMS_S)
         finally:
-            await asyncio.gather(*(chat.close() for chat in self._chats.values()))
-            await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+            await close_all((*self._chats.values(), *self._engines.values()))
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
         server = grpc_server(self._config)
-        servicer = InferenceServicer(self._models, self._running)
+        servicer = InferenceServicer(
+            self._models, self._running, stalled_reader_s=self._config.stalled_reader_s
+        )
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.add_to(server, (SERVICE, HEALTH))
@@ -271,6 +272,14 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except (ArtifactError, ConfigError, EngineDied) as error:
         raise type(error)(f"model {name!r}: {error}") from error
+
+
+async def close_all(what: Iterable[ChatEncoder | NativeEngine]) -> None:
+    """Close each, whatever becomes of the others; then raise the first error."""
+    ends = await asyncio.gather(*(one.close() for one in what), return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
 
 
 async def _cancel(*tasks: "asyncio.Task[Any]") -> None:

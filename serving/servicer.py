@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, suppress
 
 import grpc
+import msgspec
 
 from vivace import __version__
 from vivace.engine import scoring
@@ -33,7 +34,7 @@ from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 from vivace.serving.running import Running, RunningRequests
-from vivace.serving.status import NotReady, details_of, status_of
+from vivace.serving.status import NotReady, SlowReader, details_of, status_of
 
 MAX_BATCH_ITEMS = 1024
 MAX_TEXTS = 256  # of one Embed or Score
@@ -46,8 +47,11 @@ DEFAULT_WATCH_MS = 1000
 class InferenceServicer(pb_grpc.InferenceServicer):
     """Implements `inference.proto`. The server fills `models` as they load."""
 
-    def __init__(self, models: Models, running: RunningRequests) -> None:
+    def __init__(
+        self, models: Models, running: RunningRequests, *, stalled_reader_s: float
+    ) -> None:
         self._models = models
+        self._stalled_reader_s = stalled_reader_s
         self._running = running
         self._started = time.monotonic()
         self._num_watchers = 0
@@ -230,9 +234,15 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         if self._num_watchers >= MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} callers are watching already")
         self._num_watchers += 1
+        limit_s = self._stalled_reader_s
         try:
+            await context.send_initial_metadata(())  # see `Running.write`
             while True:
-                await context.write(convert.loads(await model.engine.loads()))
+                loads = convert.loads(await model.engine.loads())
+                try:
+                    await asyncio.wait_for(context.write(loads), limit_s)
+                except TimeoutError as error:
+                    raise SlowReader(f"the client has not read for {limit_s:g} s") from error
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
                     raise NotReady("the server is draining")
@@ -257,9 +267,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, rpc: str, request: convert.Request, context: grpc.aio.ServicerContext
     ) -> None:
         with self._run(rpc, request, context) as running:
+            num_left = request.sampling.n if request.sampling.HasField("n") else 1
             async with aclosing(self._events(request, running)) as events:
                 async for event in events:
-                    await running.write(context, convert.response(event))
+                    num_left -= event.finish is not None
+                    await running.write(context, convert.response(event), is_last=not num_left)
 
     async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:
         async with aclosing(self._events(request, running)) as events:
@@ -308,15 +320,16 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             request.options.cache_salt.encode(),
             request.options.priority,
         )
-        if rules.echo:
-            text = await _echo(model, request, token_ids, rules)
-            for index in range(replies.n):
-                yield TextEvent(running.id, text=text, index=index)
+        echo = await _echo(model, request, token_ids, rules) if rules.echo else ""
+        begun: set[int] = set()  # what the engine refuses may be tried again: nothing goes before
         async with aclosing(
             stream_replies(model.engine, model.tokenizer, wanted, rules=rules, replies=replies)
         ) as events:
             async for event in events:
                 running.entry.note(event)
+                if echo and event.index not in begun:
+                    begun.add(event.index)
+                    event = msgspec.structs.replace(event, text=echo + event.text)
                 yield event
 
 
