@@ -26,6 +26,7 @@ def is_free(client):
 @pytest.mark.slow
 def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
     """Cancelled in the queue, in the prompt, in the reply."""
+    codes = set()
 
     async def storm():
         async with AsyncClient(server.target) as fast:
@@ -33,7 +34,7 @@ def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
             async def one(number):
                 prompt = {"prompt_token_ids": [5 + number % 4000, *range(100, 300)]}
                 stream = fast.generate(prompt, max_tokens=1500, ignore_eos=True)
-                reading = asyncio.create_task(_read(stream))
+                reading = asyncio.create_task(_read(stream, codes))
                 await asyncio.sleep(0.002 * (number % 200))
                 await stream.aclose()
                 await reading
@@ -42,17 +43,20 @@ def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
             await asyncio.gather(*(one(number) for number in range(1000)))
 
     asyncio.run(storm())
+    assert codes <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
     wait_until(lambda: is_free(client), 30)
     assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
     assert client.loads().cancel_to_free_s > 0
 
 
-async def _read(stream):
-    """To its end: its own, or a refusal, or the hang-up."""
+async def _read(stream, codes):
+    """To its end: its own, or a refusal, or the hang-up. Notes the status of an error."""
     try:
         async for _ in stream:
             pass
-    except (grpc.RpcError, asyncio.CancelledError):
+    except grpc.RpcError as error:
+        codes.add(error.code())
+    except asyncio.CancelledError:
         return
 
 
