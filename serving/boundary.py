@@ -7,6 +7,7 @@ The last becomes INTERNAL for that call alone, with a traceback in the log.
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -86,7 +87,8 @@ def _guarded(
         except EngineError as error:
             await status.abort(context, error)
         except Exception:  # noqa: BLE001 - the boundary
-            traceback.print_exc(file=sys.stderr)
+            with suppress(OSError, ValueError):  # nobody reads it
+                traceback.print_exc(file=sys.stderr)
             await context.abort(
                 grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
             )

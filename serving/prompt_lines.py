@@ -61,13 +61,13 @@ def run(client: Client, items: Iterable[Item], out: TextIO, *, concurrency: int)
     """Ask for all, write what comes of them. Returns how many failed. Closes the client if it is interrupted."""
     slots = Semaphore(concurrency * WINDOW)
     answers: SimpleQueue[Future[Json] | None] = SimpleQueue()
-    left = Event()
+    left, ended = Event(), Event()
     with ThreadPoolExecutor(concurrency) as pool, ThreadPoolExecutor(1) as writing:
-        writer = writing.submit(_write, answers, slots, left, out)
+        writer = writing.submit(_write, answers, slots, left, ended, out)
         try:
             for item in items:
                 slots.acquire()
-                if writer.done():  # it failed: nobody reads any more
+                if ended.is_set():  # it failed: nobody reads any more
                     break
                 answers.put(pool.submit(answer, client, item))
             answers.put(None)
@@ -98,7 +98,11 @@ def answer(client: Client, item: Item) -> Json:
 
 
 def _write(
-    answers: "SimpleQueue[Future[Json] | None]", slots: Semaphore, left: Event, out: TextIO
+    answers: "SimpleQueue[Future[Json] | None]",
+    slots: Semaphore,
+    left: Event,
+    ended: Event,
+    out: TextIO,
 ) -> int:
     failed = 0
     try:
@@ -112,6 +116,7 @@ def _write(
             slots.release()
         return failed
     finally:
+        ended.set()
         slots.release()  # whoever waits for a slot shall see that this has ended
 
 

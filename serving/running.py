@@ -29,6 +29,7 @@ class Running:
     entry: LogEntry
     writing_since: float | None = None  # the client has not taken a message since then
     has_begun: bool = False  # its stream's initial metadata is out
+    is_ending: bool = False  # its last message is on the way: too late to abort it
     end: EngineError | None = None  # why the server ended it from outside
 
     async def write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
@@ -76,7 +77,7 @@ class RunningRequests:
     def abort(self, request_id: str) -> bool:
         """End a request by its id, whatever it is doing. False if there is no such request."""
         running = self._requests.get(request_id)
-        if running is None or running.end is not None:
+        if running is None or running.is_ending or running.end is not None:
             return False
         self._cancel(running, Cancelled("aborted by its id"))
         return True

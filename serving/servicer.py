@@ -231,11 +231,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             raise Overloaded(f"{MAX_WATCHERS} callers are watching already")
         self._num_watchers += 1
         try:
-            while True:
-                await context.write(convert.loads(await model.engine.loads()))
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
-                    raise NotReady("the server is draining")
+            with self._running.run("WatchLoads", None, _deadline(context)) as running:
+                while True:
+                    await running.write(context, convert.loads(await model.engine.loads()))
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
+                        raise NotReady("the server is draining")
         finally:
             self._num_watchers -= 1
 
@@ -258,7 +259,10 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     ) -> None:
         with self._run(rpc, request, context) as running:
             async with aclosing(self._events(request, running)) as events:
+                left = request.sampling.n or 1
                 async for event in events:
+                    left -= event.finish is not None
+                    running.is_ending = left == 0
                     await running.write(context, convert.response(event))
 
     async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:

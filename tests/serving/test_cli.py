@@ -275,6 +275,13 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path):
     assert missing.stderr == f"vivace: error: {tmp_path / 'none'} is not a folder\n"
 
 
+def test_bytes_that_are_no_text_are_one_line(server):
+    done = run("generate", b"\xff", "--target", server.target, errors="surrogateescape")
+    assert done.returncode == 1
+    assert done.stderr.startswith("vivace: error: INVALID_ARGUMENT: ")
+    assert done.stderr.count("\n") == 1
+
+
 class Shown:
     """What a program shows on a terminal, from beginning to end."""
 

@@ -166,6 +166,21 @@ def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
         wait_until(lambda: is_free(client))
 
 
+def test_a_watcher_that_reads_nothing_is_cut():
+    with (
+        serving("--set", "server.stalled_reader_s=1") as server,
+        Client(server.target) as client,
+        Connection(server.target, reads=False) as connection,
+    ):
+        stream = connection.call(
+            "WatchLoads", pb.WatchLoadsRequest(interval_ms=10).SerializeToString()
+        )
+        wait_until(lambda: drain_socket(connection) or "WatchLoads" in "".join(server.errors), 60)
+        connection.open_window(stream)
+        assert connection.status(stream)[0] == 8
+        assert client.health() == "SERVING"
+
+
 def drain_socket(connection):
     """Take what has come, giving the server no more room."""
     connection.settimeout(0.1)

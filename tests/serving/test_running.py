@@ -77,3 +77,28 @@ def test_a_request_is_ended_by_its_id_while_it_runs():
         return not running.abort("mine")
 
     assert asyncio.run(abort())
+
+
+def test_a_log_that_nobody_reads_ends_no_request():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    running = RunningRequests(RequestLog(Gone()), max_requests=8)
+
+    async def one():
+        with running.run("Generate", None, None):
+            return True
+
+    assert asyncio.run(one())
+
+
+def test_a_request_whose_last_message_is_on_its_way_is_not_aborted():
+    running = requests()
+
+    async def end():
+        with running.run("Generate", "mine", None) as one:
+            one.is_ending = True
+            return running.abort("mine")
+
+    assert not asyncio.run(end())
