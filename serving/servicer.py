@@ -42,6 +42,8 @@ MAX_WATCHERS = 64
 WATCH_MS = (10, 60_000)  # between two loads
 DEFAULT_WATCH_MS = 1000
 
+Places = dict[str, asyncio.Semaphore]  # by model: what one call may yet have in its engine
+
 
 class InferenceServicer(pb_grpc.InferenceServicer):
     """Implements `inference.proto`. The server fills `models` as they load."""
@@ -67,21 +69,23 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     ) -> pb.GenerateUnaryResponse:
         """The continuations of a prompt, whole."""
         with self._run("GenerateUnary", request, context) as running:
-            return await self._whole(request, running)
+            return await self._whole(request, running, {})
 
     async def ChatUnary(
         self, request: pb.ChatRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateUnaryResponse:
         """The next turn of a conversation, whole."""
         with self._run("ChatUnary", request, context) as running:
-            return await self._whole(request, running)
+            return await self._whole(request, running, {})
 
     async def Batch(self, request: pb.BatchRequest, context: grpc.aio.ServicerContext) -> None:
         """Each item's outcome as it ends."""
         check_count("items", len(request.items), MAX_BATCH_ITEMS)
         with self._running.run("Batch", None, _deadline(context)) as running:
+            places: Places = {}
             outcomes = [
-                self._outcome(index, item, running) for index, item in enumerate(request.items)
+                self._outcome(index, item, running, places)
+                for index, item in enumerate(request.items)
             ]
             async with aclosing(merge(outcomes, max_parallel=self._max_parallel())) as responses:
                 async for response in responses:
@@ -251,27 +255,29 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         return model
 
     def _max_parallel(self) -> int:
-        """Items of a batch that run at a time: what the engines compute at a time, so that a batch fills no queue."""
-        return sum(model.info.max_running for model in self._models.loaded.values()) or 1
+        """Items of a batch that run at a time; those of many replies wait for each other's places in the engine."""
+        return sum(model.max_parallel for model in self._models.loaded.values()) or 1
 
     async def _stream(
         self, rpc: str, request: convert.Request, context: grpc.aio.ServicerContext
     ) -> None:
         with self._run(rpc, request, context) as running:
-            async with aclosing(self._events(request, running)) as events:
+            async with aclosing(self._events(request, running, {})) as events:
                 left = request.sampling.n or 1
                 async for event in events:
                     left -= event.finish is not None
                     running.is_ending = left == 0
                     await running.write(context, convert.response(event))
 
-    async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:
-        async with aclosing(self._events(request, running)) as events:
+    async def _whole(
+        self, request: convert.Request, running: Running, places: Places
+    ) -> pb.GenerateUnaryResponse:
+        async with aclosing(self._events(request, running, places)) as events:
             found = [event async for event in events]
         return await convert.unary_response(running.id, found)
 
     async def _outcome(
-        self, index: int, item: pb.BatchItem, batch: Running
+        self, index: int, item: pb.BatchItem, batch: Running, places: Places
     ) -> AsyncGenerator[pb.BatchResponse]:
         """The one response to an item of a batch."""
         try:
@@ -282,7 +288,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             with self._running.run(
                 "Batch", optional(request, "request_id"), batch.deadline, is_part=True
             ) as running:
-                response = await self._whole(request, running)
+                response = await self._whole(request, running, places)
         except EngineError as error:
             code, details = status_of(error).value[0], details_of(error)
             failed = pb.BatchError(code=code, message=details)
@@ -291,7 +297,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             yield pb.BatchResponse(index=index, response=response)
 
     async def _events(
-        self, request: convert.Request, running: Running
+        self, request: convert.Request, running: Running, places: Places
     ) -> AsyncGenerator[TextEvent]:
         """One generation, from its protobuf to its last event."""
         model = self._accept(request)
@@ -316,8 +322,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             text = await _echo(model, request, token_ids, rules)
             for index in range(replies.n):
                 yield TextEvent(running.id, text=text, index=index)
+        free = places.setdefault(model.name, asyncio.Semaphore(model.max_parallel))
         async with aclosing(
-            stream_replies(model.engine, model.tokenizer, wanted, rules=rules, replies=replies)
+            stream_replies(
+                model.engine, model.tokenizer, wanted, rules=rules, replies=replies, places=free
+            )
         ) as events:
             async for event in events:
                 running.entry.note(event)
@@ -343,7 +352,7 @@ def _call(model: ServedModel, options: pb.RequestOptions, running: Running) -> s
         running.deadline,
         options.cache_salt.encode(),
         options.priority,
-        model.info.max_running,
+        model.max_parallel,
     )
 
 
