@@ -33,11 +33,10 @@ struct LinearInt8 {
     for (int r = 0; r < R; ++r) {
       const float scale = a.params[2 * (t + r)];
       const int32_t zero = int32_t(a.params[2 * (t + r) + 1]);
-      float* out = a.out + (t + r) * a.N + first;
-      for (int64_t n = 0; n < count; ++n) {
-        const float y = float(sums[r][n] - zero * columns[n]) * (scale * scales[n]);
-        out[n] = a.bias ? y + a.bias[first + n] : y;
-      }
+      float y[kTile];  // whole, for the compiler to vectorise: sums and scales are padded
+      for (int64_t n = 0; n < kTile; ++n) y[n] = float(sums[r][n] - zero * columns[n]) * (scale * scales[n]);
+      for (int64_t n = 0; a.bias && n < count; ++n) y[n] += a.bias[first + n];
+      std::memcpy(a.out + (t + r) * a.N + first, y, size_t(count) * 4);
     }
   }
 
@@ -47,10 +46,7 @@ struct LinearInt8 {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t t = 0;
       for (int64_t left; (left = a.T - t) > 0;) {
-        if (Sums::kHas16 && left == 16) {
-          step<16>(a, m, tile, t);
-          t += 16;
-        } else if (left >= Sums::kMostRows) {
+        if (left >= Sums::kMostRows && (Sums::kMostRows <= 8 || left != 16)) {  // 16 are 8 and 8, not 12 and 4
           step<Sums::kMostRows>(a, m, tile, t);
           t += Sums::kMostRows;
         } else if (Sums::kMostRows > 8 && left >= 8) {
