@@ -25,11 +25,18 @@ template <class Sums>
 struct LinearInt8 {
   template <int R>
   static void step(const cpu::LinearInt8Args& a, const Int8Matrix& m, int64_t tile, int64_t t) {
-    alignas(64) int32_t sums[R][kTile];
-    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m.tile(tile), a.K);
     const int64_t first = tile * kTile, count = std::min(kTile, a.N - first);
     const int32_t* columns = m.sums() + first;
     const float* scales = m.scales() + first;
+    for (int64_t n = 0; n < kTile; n += 16) {  // needed at the end of the tile, and not in its stream
+      __builtin_prefetch(columns + n);
+      __builtin_prefetch(scales + n);
+    }
+    if constexpr (R > 8)  // fewer are waiting for W as it is
+      for (int r = 0; r < R; ++r)
+        for (int64_t n = 0; n < count; n += 16) __builtin_prefetch(a.out + (t + r) * a.N + first + n, 1);
+    alignas(64) int32_t sums[R][kTile];
+    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m.tile(tile), a.K);
     for (int r = 0; r < R; ++r) {
       const float scale = a.params[2 * (t + r)];
       const int32_t zero = int32_t(a.params[2 * (t + r) + 1]);
