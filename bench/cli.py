@@ -1,4 +1,4 @@
-"""`vivace bench host|startup|frontend|process|cpu|peers`."""
+"""`vivace bench host|startup|frontend|process|quality|cpu`."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import vivace
-from vivace.bench import cpu, frontend, host, process, result, startup
+from vivace.bench import cpu, frontend, host, process, quality, result, startup
 from vivace.bench.peers import rows
 from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
@@ -42,6 +42,13 @@ def main(command: str, argv: list[str]) -> int:
             )
             figures = process.measure(args.model, decode)
             config = {"model": args.model.name, **asdict(decode)}
+        case "quality":
+            figures = quality.measure(args.model, quality.read_rows(args.rows, args.rows_kind))
+            config = {
+                "model": args.model.name,
+                "rows": args.rows.name,
+                "kind": args.rows_kind or "all",
+            }
         case "cpu":
             settings = CpuConfig(threads=args.threads, isa=args.isa)
             weights = quantized_by(args.quantize)
@@ -89,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=96, help="of each stream")
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     one.add_argument("--quantize", default="none")
+    one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
+    one.add_argument("model", type=Path)
+    one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
+    one.add_argument("--rows-kind", metavar="KIND", help="only lines whose kind is this")
     one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
     one.add_argument("model", type=Path)
     one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")

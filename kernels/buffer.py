@@ -1,6 +1,7 @@
 """What an op may assume of a buffer, and the element types that buffers have."""
 
 from enum import Enum
+from functools import cache
 from typing import Any, Protocol
 
 
@@ -42,7 +43,20 @@ def expect(name: str, buffer: Buffer, *shape: int | None) -> tuple[int, ...]:
     return got
 
 
+def expect_weight_dtype(name: str, buffer: Buffer) -> None:
+    """Raise ValueError unless the elements are fp32 or bf16, which on the CPU is uint16: NumPy has no name for it."""
+    if str(buffer.dtype).removeprefix("torch.") not in ("float32", "bfloat16", "uint16"):
+        raise ValueError(
+            f"{name} must hold float32 or bfloat16 (uint16 on the CPU), got {buffer.dtype}"
+        )
+
+
 def expect_dtype(name: str, buffer: Buffer, dtype: str) -> None:
     """Raise ValueError unless the elements are of this type (`float32`, `uint8`, `int32`, `int64`)."""
-    if str(buffer.dtype).removeprefix("torch.") != dtype:
+    if _name(buffer.dtype) != dtype:
         raise ValueError(f"{name} must hold {dtype}, got {buffer.dtype}")
+
+
+@cache  # NumPy takes a microsecond to name a type, and a step samples with 18 arrays
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

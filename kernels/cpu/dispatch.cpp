@@ -54,6 +54,8 @@ constexpr cpu::Kernels avx2() {
   k.sample = cpu::sample_avx2;
   k.logprobs = cpu::logprobs_avx2;
   k.attention = cpu::attention_avx2;
+  k.linear = cpu::linear_avx2;
+  k.expert_linear = cpu::expert_linear_avx2;
   k.quantize = cpu::quantize_avx2;
   k.linear_int8 = cpu::linear_int8_avx2;
   k.linear_int4 = cpu::linear_int4_avx2;
@@ -75,6 +77,8 @@ constexpr cpu::Kernels avx512() {
   k.sample = cpu::sample_avx512;
   k.logprobs = cpu::logprobs_avx512;
   k.attention = cpu::attention_avx512;
+  k.linear = cpu::linear_avx512;
+  k.expert_linear = cpu::expert_linear_avx512;
   k.quantize = cpu::quantize_avx512;
   k.linear_int8 = cpu::linear_int8_avx512;
   k.linear_int4 = cpu::linear_int4_avx512;

@@ -49,6 +49,11 @@ class _Call(ctypes.Structure):
     _fields_ = (("op", ctypes.c_void_p), ("args", ctypes.c_void_p))
 
 
+def is_bf16(array: Array) -> bool:
+    """Whether an array of weights holds bf16, as the bits of uint16."""
+    return bool(array.dtype == np.uint16)
+
+
 class Library:
     """One context of the library: an instruction set and a thread pool of its own, freed with this object."""
 

@@ -12,9 +12,10 @@ namespace cpu {
 struct LinearArgs {
   float* out;           // [T, N]
   const float* x;       // [T, K]
-  const float* weight;  // [N, K]
+  const void* weight;   // [N, K], fp32 or bf16
   const float* bias;    // [N] or null
   int64_t T, N, K;
+  int64_t is_bf16;
 };
 struct QuantizeArgs {
   uint8_t* q;      // [T, K]
@@ -48,8 +49,9 @@ struct EmbedInt8Args {
 struct EmbedArgs {
   float* out;             // [T, M]
   const int32_t* tokens;  // [T]
-  const float* table;     // [V, M]
+  const void* table;      // [V, M], fp32 or bf16
   int64_t T, M;
+  int64_t is_bf16;
   float scale;
 };
 struct RmsnormArgs {
@@ -133,10 +135,11 @@ struct ExpertLinearArgs {
   float* out;              // [T, K, N]
   const float* x;          // [T, I], or [T, K, I]
   const int32_t* experts;  // [T, K]
-  const float* weight;     // [E, N, I]
+  const void* weight;      // [E, N, I], fp32 or bf16
   const float* bias;       // [E, N] or null
   int64_t T, K, E, N, I;
   int64_t has_own_rows;  // 1: x is [T, K, I]
+  int64_t is_bf16;
 };
 struct MoeCombineArgs {
   float* out;                // [T, M]
@@ -217,6 +220,8 @@ struct Kernels {
 };
 
 void linear_portable(Pool&, const LinearArgs&);
+void linear_avx2(Pool&, const LinearArgs&);
+void linear_avx512(Pool&, const LinearArgs&);
 void quantize_portable(Pool&, const QuantizeArgs&);
 void quantize_avx2(Pool&, const QuantizeArgs&);
 void quantize_avx512(Pool&, const QuantizeArgs&);
@@ -256,6 +261,8 @@ void add_avx2(Pool&, const AddArgs&);
 void add_avx512(Pool&, const AddArgs&);
 void moe_route_portable(Pool&, const MoeRouteArgs&);
 void expert_linear_portable(Pool&, const ExpertLinearArgs&);
+void expert_linear_avx2(Pool&, const ExpertLinearArgs&);
+void expert_linear_avx512(Pool&, const ExpertLinearArgs&);
 void moe_combine_portable(Pool&, const MoeCombineArgs&);
 void take_rows_portable(Pool&, const TakeRowsArgs&);
 void take_rows_avx2(Pool&, const TakeRowsArgs&);

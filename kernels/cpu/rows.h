@@ -19,11 +19,15 @@ void norm_row(float* out, const float* x, const float* weight, int64_t M, float 
   for (int64_t m = 0; m < M; ++m) out[m] = x[m] * scale * weight[m];
 }
 
+inline float upcast(float x) { return x; }
+inline float upcast(uint16_t x) { return float_of(uint32_t(x) << 16); }
+
+template <typename Element>
 void embed_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::EmbedArgs>(args);
   for (int64_t t = begin; t < end; ++t) {
-    const float* row = a.table + int64_t(a.tokens[t]) * a.M;
-    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = row[m] * a.scale;
+    const Element* row = static_cast<const Element*>(a.table) + int64_t(a.tokens[t]) * a.M;
+    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = upcast(row[m]) * a.scale;
   }
 }
 
@@ -62,7 +66,9 @@ void read_rows(const void* args, int64_t begin, int64_t end) {
 }  // namespace
 
 namespace cpu {
-void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) { pool.for_range(a.T, 64, embed_rows, &a); }
+void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) { 
+  pool.for_range(a.T, 64, a.is_bf16 ? embed_rows<uint16_t> : embed_rows<float>, &a);
+}
 void VIVACE_ISA(take_rows)(Pool& pool, const TakeRowsArgs& a) { pool.for_range(a.R, 64, taken_rows, &a); }
 void VIVACE_ISA(rmsnorm)(Pool& pool, const RmsnormArgs& a) { pool.for_range(a.T, 8, norm_rows, &a); }
 void VIVACE_ISA(add_rmsnorm)(Pool& pool, const AddRmsnormArgs& a) { pool.for_range(a.T, 8, add_norm_rows, &a); }

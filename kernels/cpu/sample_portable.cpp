@@ -1,2 +1,3 @@
 #define VIVACE_ISA(op) op##_portable
+#include "logprobs.h"
 #include "sample.h"

@@ -20,11 +20,21 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef float Half __attribute__((vector_size(2 * kWidth)));
+typedef double Wide __attribute__((vector_size(4 * kWidth)));  // of as many bytes, so of half the lanes
+typedef int64_t Longs __attribute__((vector_size(4 * kWidth)));
 
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+inline Vec load_bf16(const uint16_t* p) {
+  typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+  Shorts v;
+  std::memcpy(&v, p, sizeof v);
+  return (Vec)(__builtin_convertvector(v, Ints) << 16);
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -46,6 +56,34 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+inline Wide fma(Wide a, Wide b, Wide c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Wide widen(const float* p) {
+  Half v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Wide);
+}
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  Longs both;
+  std::memcpy(&both, &mask, sizeof both);
+  return (both[0] | both[1]) != 0;
 #endif
 }
 
@@ -92,6 +130,35 @@ inline float add_all(Vec v) {
 #endif
 }
 
+// `add_all` of each of N vectors.
+template <int N>
+inline void add_each(const Vec* v, float* sums) {
+  int done = 0;
+#if defined(__AVX512F__)
+  // Sixteen at a time, which share their halvings: a level puts the halves of two vectors' groups of lanes side by side.
+  const auto level = [](Vec* to, const Vec* from, int count, int half) __attribute__((always_inline)) {
+    Ints low;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) low[i] = i / half * 2 * half + i % half;
+    const Ints high = low + half;
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      to[i] = _mm512_permutex2var_ps(from[2 * i], (__m512i)low, from[2 * i + 1]) +
+              _mm512_permutex2var_ps(from[2 * i], (__m512i)high, from[2 * i + 1]);
+  };
+#pragma GCC unroll 2
+  for (; done + 16 <= N; done += 16) {
+    Vec eight[8], four[4], two[2], one;
+    level(eight, v + done, 8, 8);
+    level(four, eight, 4, 4);
+    level(two, four, 2, 2);
+    level(&one, two, 1, 1);
+    store(sums + done, one);
+  }
+#endif
+  for (; done < N; ++done) sums[done] = add_all(v[done]);
+}
+
 inline float greatest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(v);
@@ -102,7 +169,7 @@ inline float greatest(Vec v) {
 #endif
 }
 
-// e^x for x <= 0, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.
+// e^x for x <= 88, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.
 // The polynomial of math.h.
 inline Vec exp_of(Vec x) {
   const Vec lowest = broadcast(-110.0f), round = broadcast(12582912.0f);  // 1.5 * 2^23
@@ -123,6 +190,23 @@ inline Vec exp_of(Vec x) {
   const Vec y = p * (Vec)(((Ints)shifted + 127) << 23);
   return x < broadcast(-87.0f) ? Vec{} : y;
 #endif
+}
+
+// The same in fp64, for x <= 700: within 2 ulp down to -700, 0 below. A series, whose 14th term is below half an ulp.
+inline Wide exp_of(Wide x) {
+  const Wide lowest = Wide{} - 700.0, round = Wide{} + 0x1.8p52;
+  const Wide clamped = x < lowest ? lowest : x;
+  const Wide shifted = fma(clamped, Wide{} + 0x1.71547652b82fep0, round);  // 1 / ln 2
+  const Wide n = shifted - round;
+  const Wide r = fma(n, Wide{} - 0x1.7f7d1cf79abcap-20, fma(n, Wide{} - 0x1.62e4p-1, clamped));
+  constexpr double kTerms[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                               1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
+                               1.0 / 6,          0.5,             1.0,            1.0};
+  Wide p = Wide{} + kTerms[0];
+#pragma GCC unroll 13
+  for (int i = 1; i < 14; ++i) p = fma(p, r, Wide{} + kTerms[i]);
+  const Wide y = p * (Wide)(((Longs)shifted + 1023) << 52);
+  return x < lowest ? Wide{} : y;
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ Token ids outside 0..V-1 are the caller's bug: undefined.
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_weight_dtype
 
 
 class Run(Protocol):
@@ -15,7 +15,7 @@ class Run(Protocol):
         self,
         out_TM: Buffer,  # fp32, out
         tokens_T: Buffer,  # int32
-        table_VM: Buffer,  # fp32
+        table_VM: Buffer,  # fp32 or bf16
         *,
         scale: float = 1.0,
     ) -> None: ...
@@ -27,5 +27,5 @@ def check(out_TM: Buffer, tokens_T: Buffer, table_VM: Buffer, *, scale: float = 
     (T,) = expect("tokens", tokens_T, None)
     expect("out", out_TM, T, M)
     expect_dtype("tokens", tokens_T, "int32")
-    expect_dtype("table", table_VM, "float32")
+    expect_weight_dtype("table", table_VM)
     expect_dtype("out", out_TM, "float32")

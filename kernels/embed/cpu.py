@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, is_bf16, pointer
 
 
 class Args(Structure):
@@ -16,6 +16,7 @@ class Args(Structure):
         ("table", c_void_p),
         ("T", c_int64),
         ("M", c_int64),
+        ("is_bf16", c_int64),
         ("scale", c_float),
     )
 
@@ -32,6 +33,7 @@ def bind(library: Library) -> Callable[..., None]:
         scale: float = 1.0,
     ) -> None:
         T, M = out_TM.shape
-        call(Args(pointer(out_TM), pointer(tokens_T), pointer(table_VM), T, M, scale))
+        pointers = map(pointer, (out_TM, tokens_T, table_VM))
+        call(Args(*pointers, T, M, is_bf16(table_VM), scale))
 
     return run

@@ -7,4 +7,4 @@ def run(
     out_TM: torch.Tensor, tokens_T: torch.Tensor, table_VM: torch.Tensor, *, scale: float = 1.0
 ) -> None:
     """See `kernels.embed`."""
-    out_TM.copy_(table_VM[tokens_T.long()] * scale)
+    out_TM.copy_(table_VM[tokens_T.long()].float() * scale)

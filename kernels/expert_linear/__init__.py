@@ -6,7 +6,7 @@ chose. An expert that nobody chose is not read. Experts outside 0..E-1 are the c
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_weight_dtype
 
 
 class Run(Protocol):
@@ -17,7 +17,7 @@ class Run(Protocol):
         out_TKN: Buffer,  # fp32, out
         x: Buffer,  # fp32 [T, I]: every k reads the token's row; or [T, K, I]: each its own
         experts_TK: Buffer,  # int32
-        weight_ENI: Buffer,  # fp32
+        weight_ENI: Buffer,  # fp32 or bf16
         bias_EN: Buffer | None = None,  # fp32
     ) -> None: ...
 
@@ -35,8 +35,9 @@ def check(
     expect("x", x, *((T, K, width) if len(x.shape) == 3 else (T, width)))
     expect("out", out_TKN, T, K, N)
     expect_dtype("experts", experts_TK, "int32")
-    for name, buffer in (("out", out_TKN), ("x", x), ("weight", weight_ENI)):
-        expect_dtype(name, buffer, "float32")
+    expect_dtype("out", out_TKN, "float32")
+    expect_dtype("x", x, "float32")
+    expect_weight_dtype("weight", weight_ENI)
     if bias_EN is not None:
         expect("bias", bias_EN, E, N)
         expect_dtype("bias", bias_EN, "float32")

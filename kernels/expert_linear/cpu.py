@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
+from vivace.kernels.cpu.library import Array, Library, is_bf16, optional_pointer, pointer
 
 
 class Args(Structure):
@@ -22,6 +22,7 @@ class Args(Structure):
         ("N", c_int64),
         ("I", c_int64),
         ("has_own_rows", c_int64),
+        ("is_bf16", c_int64),
     )
 
 
@@ -38,6 +39,6 @@ def bind(library: Library) -> Callable[..., None]:
     ) -> None:
         pointers = map(pointer, (out_TKN, x, experts_TK, weight_ENI))
         sizes = (*experts_TK.shape, *weight_ENI.shape)
-        call(Args(*pointers, optional_pointer(bias_EN), *sizes, x.ndim == 3))
+        call(Args(*pointers, optional_pointer(bias_EN), *sizes, x.ndim == 3, is_bf16(weight_ENI)))
 
     return run

@@ -14,5 +14,5 @@ def run(
     x_TKI = x if x.dim() == 3 else x[:, None].expand(-1, experts_TK.shape[1], -1)
     for e in experts_TK.unique().tolist():
         chosen_TK = experts_TK == e
-        rows = x_TKI[chosen_TK] @ weight_ENI[e].T
+        rows = x_TKI[chosen_TK] @ weight_ENI[e].float().T
         out_TKN[chosen_TK] = rows if bias_EN is None else rows + bias_EN[e]

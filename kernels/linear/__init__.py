@@ -1,11 +1,12 @@
 """y = x W^T + bias: every projection of a model.
 
 T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is; the bias comes last.
+A weight of bf16 is one of fp32 whose last 16 bits are 0.
 """
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_weight_dtype
 
 
 class Run(Protocol):
@@ -15,7 +16,7 @@ class Run(Protocol):
         self,
         out_TN: Buffer,  # fp32, out
         x_TK: Buffer,  # fp32
-        weight_NK: Buffer,  # fp32
+        weight_NK: Buffer,  # fp32 or bf16
         bias_N: Buffer | None = None,  # fp32
     ) -> None: ...
 
@@ -25,8 +26,9 @@ def check(out_TN: Buffer, x_TK: Buffer, weight_NK: Buffer, bias_N: Buffer | None
     N, K = expect("weight", weight_NK, None, None)
     T, _ = expect("x", x_TK, None, K)
     expect("out", out_TN, T, N)
-    for name, buffer in (("out", out_TN), ("x", x_TK), ("weight", weight_NK)):
-        expect_dtype(name, buffer, "float32")
+    expect_dtype("out", out_TN, "float32")
+    expect_dtype("x", x_TK, "float32")
+    expect_weight_dtype("weight", weight_NK)
     if bias_N is not None:
         expect("bias", bias_N, N)
         expect_dtype("bias", bias_N, "float32")

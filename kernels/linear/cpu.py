@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
+from vivace.kernels.cpu.library import Array, Library, is_bf16, optional_pointer, pointer
 
 
 class Args(Structure):
@@ -18,6 +18,7 @@ class Args(Structure):
         ("T", c_int64),
         ("N", c_int64),
         ("K", c_int64),
+        ("is_bf16", c_int64),
     )
 
 
@@ -33,6 +34,6 @@ def bind(library: Library) -> Callable[..., None]:
     ) -> None:
         N, K = weight_NK.shape
         pointers = (*map(pointer, (out_TN, x_TK, weight_NK)), optional_pointer(bias_N))
-        call(Args(*pointers, len(x_TK), N, K))
+        call(Args(*pointers, len(x_TK), N, K, is_bf16(weight_NK)))
 
     return run

@@ -10,5 +10,5 @@ def run(
     bias_N: torch.Tensor | None = None,
 ) -> None:
     """See `kernels.linear`."""
-    y_TN = x_TK @ weight_NK.T
+    y_TN = x_TK @ weight_NK.float().T
     out_TN.copy_(y_TN if bias_N is None else y_TN + bias_N)

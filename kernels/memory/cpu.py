@@ -17,6 +17,7 @@ HUGE_BYTES = 2 << 20
 DTYPES = {
     DType.FP32: np.float32,
     DType.FP16: np.float16,
+    DType.BF16: np.uint16,
     DType.UINT8: np.uint8,
     DType.INT32: np.int32,
     DType.INT64: np.int64,

@@ -48,8 +48,9 @@ class TorchMemory:
         return buffer[:count].view(shape)
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """A copy on the device."""
-        return torch.tensor(array, device=self._device)
+        """A copy on the device; uint16 stands for bf16."""
+        tensor = torch.tensor(array, device=self._device)
+        return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
     def pack(self, weight: Quantized) -> QuantizedTensor:
         """Its arrays on the device."""
@@ -58,7 +59,10 @@ class TorchMemory:
 
     def read(self, buffer: torch.Tensor) -> np.ndarray[Any, Any]:
         """The contents on the host; waits for the device."""
-        array: np.ndarray[Any, Any] = buffer.cpu().numpy()
+        host = buffer.cpu()
+        array: np.ndarray[Any, Any] = (
+            host.view(torch.uint16) if host.dtype == torch.bfloat16 else host
+        ).numpy()
         return array
 
     def kv_cache(

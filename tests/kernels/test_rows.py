@@ -5,6 +5,7 @@ import pytest
 
 from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
+from vivace.kernels.buffer import DType
 from vivace.kernels.gated import ACTIVATIONS
 
 ROWS = (0, 1, 2, 3, 4, 5, 7, 33, 70)  # below, at and past the tiles of rows
@@ -34,6 +35,60 @@ def test_linear(backend, T, N, K, has_bias):
     [got] = run(ops, "linear", [out(ops, T, N)], x, w, bias)
     want = x.astype(np.float64) @ w.T.astype(np.float64)
     close(got, want + bias if has_bias else want)
+
+
+@each_backend
+@pytest.mark.parametrize("T", (1, 3, 6, 129))
+@pytest.mark.parametrize(("N", "K"), ((13, 1024), (19, 1025), (7, 2100), (25, 31)))
+def test_linear_over_blocks_of_inputs_and_tiles_of_outputs(backend, T, N, K):
+    rng = np.random.default_rng(T + N)
+    ops, x, w = ops_of(backend, 2), normal(rng, T, K), normal(rng, N, K)
+    [got] = run(ops, "linear", [out(ops, T, N)], x, w)
+    close(got, x.astype(np.float64) @ w.T.astype(np.float64), 4e-6)
+
+
+def as_bf16(x):
+    """The upper halves of fp32."""
+    return (np.ascontiguousarray(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def widened(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@each_backend
+@pytest.mark.parametrize("T", (1, 3, 5, 70))
+@pytest.mark.parametrize(("N", "K"), (*WIDTHS, (11, 1040)))
+def test_a_bf16_weight_is_an_fp32_one_that_ends_in_zeros(backend, T, N, K):
+    rng = np.random.default_rng(T * 1000 + N)
+    ops, x, bias = ops_of(backend, 2), normal(rng, T, K), normal(rng, N)
+    w = as_bf16(normal(rng, 3, N, K))
+    experts = rng.permuted(np.tile(np.int32([0, 1, 2]), (T, 1)), axis=1)[:, :2]
+    results = []
+    for weight in (w, widened(w)):
+        [projected] = run(ops, "linear", [out(ops, T, N)], x, weight[0], bias)
+        [embedded] = run(ops, "embed", [out(ops, 2, K)], np.int32([N - 1, 0]), weight[1], scale=1.7)
+        [chosen] = run(ops, "expert_linear", [out(ops, T, 2, N)], x, experts, weight)
+        results.append((projected, embedded, chosen))
+    for got, want in zip(*results, strict=True):
+        close(got, want, 1e-6)
+        assert backend is Backend.REFERENCE or np.array_equal(got, want)  # torch minds alignment
+    close(results[0][0], x.astype(np.float64) @ widened(w[0]).T.astype(np.float64) + bias, 4e-6)
+
+
+@each_backend
+def test_bf16_comes_back_as_it_went(backend):
+    memory = ops_of(backend).memory
+    bits = np.uint16([0, 1, 0x3F80, 0xFF80, 0x7FC0])
+    assert memory.read(memory.upload(bits)).tolist() == bits.tolist()
+    assert memory.read(memory.empty((3,), DType.BF16)).dtype == np.uint16
+
+
+@each_backend
+def test_a_weight_of_another_type_is_refused(backend):
+    ops = ops_of(backend)
+    with pytest.raises(ValueError, match=r"weight must hold float32 or bfloat16.*got .*int32"):
+        ops.linear(out(ops, 1, 2), out(ops, 1, 3), out(ops, 2, 3, dtype=np.int32))
 
 
 def test_the_bias_is_added_last():
@@ -87,6 +142,7 @@ R = object()  # marks the arrays of a call that have a row per token, by standin
 CALLS = [  # op, shapes of the outputs' rows, inputs (shape of a row or of the whole), attributes
     ("linear", [(33,)], [(R, 45), (33, 45)], {}),
     ("linear", [(33,)], [(R, 45), (33, 45), (33,)], {}),
+    ("linear", [(13,)], [(R, 1100), (13, 1100)], {}),
     ("rmsnorm", [(45,)], [(R, 45), (45,)], {"eps": EPS}),
     ("add_rmsnorm", [(45,), (45,)], [(R, 45), (R, 45), (45,)], {"eps": EPS}),
     *(("gated", [(45,)], [(R, 90)], {"activation": name}) for name in ACTIVATIONS),

@@ -316,6 +316,53 @@ def test_both_backends_draw_the_same_tokens_from_the_same_scores(R, V):
         assert allowed(ours) == allowed(scores)
 
 
+@pytest.mark.parametrize("V", (1, 17, 4099, 40_001, 151_936))
+@pytest.mark.parametrize("kind", ("peaked", "normal", "flat", "whole"))
+def test_vocabularies_of_any_size_and_shape_give_the_tokens_of_the_reference(V, kind):
+    """Few and many candidates for the filters, with ties (whole numbers), and draws from rows that are not filtered."""
+    rng = np.random.default_rng(V)
+    settings = [
+        {}, {"top_k": 1}, {"top_k": 50}, {"top_k": 2000}, {"top_p": 0.9}, {"top_p": 0.1},
+        {"top_p": 0.9999}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}, {"temperature": 0},
+    ]  # fmt: skip
+    columns = {
+        name: [one.get(name, usual) for one in settings]
+        for name, usual in (("temperature", 0.7), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
+    }
+    logits = rng.standard_normal((len(settings), V), dtype=np.float32)
+    scale = {"peaked": 8, "normal": 3, "flat": 0.01, "whole": 2}[kind]
+    logits = np.rint(scale * logits) if kind == "whole" else np.float32(scale) * logits
+    logits[:, rng.integers(0, V, V // 3)] = -np.inf
+    want, scores = sample(ops_of(Backend.REFERENCE), logits, **columns)
+    for isa in ISAS:
+        got, ours = sample(ops_of(isa, 2), logits, **columns)
+        assert np.array_equal(got, want)
+        assert np.array_equal(ours, scores)
+
+
+@each_backend
+@pytest.mark.parametrize("V", (50_000, 151_936))
+@pytest.mark.parametrize("kind", ("normal", "equal", "rising"))
+def test_logprobs_of_a_large_vocabulary(backend, V, kind):
+    rng = np.random.default_rng(V)
+    logits = rng.standard_normal((2, V), dtype=np.float32)
+    if kind != "normal":
+        logits[:] = 0 if kind == "equal" else np.arange(V) / 1000
+    ops, tokens = ops_of(backend, 2), np.int32([0, V - 1])
+    outs = [out(ops, 2), out(ops, 2, dtype=np.int32)]
+    outs += [out(ops, 2, 20, dtype=np.int32), out(ops, 2, 20)]
+    chosen, ranks, ids, best = run(ops, "logprobs", outs, logits, tokens)
+    wide = logits.astype(np.float64)
+    want = wide - wide.max(1, keepdims=True)
+    want -= np.log(np.exp(want).sum(1, keepdims=True))
+    close(chosen, want[[0, 1], tokens], 1e-6)
+    assert ranks.tolist() == [
+        1 + int((row > row[token]).sum()) for row, token in zip(logits, tokens, strict=True)
+    ]
+    assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :20])
+    close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
+
+
 def test_neighbours_and_threads_change_no_draw():
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((33, 100)).astype(np.float32)
