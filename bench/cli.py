@@ -1,4 +1,4 @@
-"""`vivace bench host|startup|frontend|process|quality|cpu`."""
+"""`vivace bench host|startup|frontend|process|quality|cpu|peers`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from vivace.bench.peers import rows
 from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
 from vivace.engine.config import Config, CpuConfig, quantized_by
+from vivace.engine.errors import ConfigError
 from vivace.engine.models.quantize import Quantize
 
 PACKAGE = Path(vivace.__file__).parent
@@ -65,11 +66,14 @@ def main(command: str, argv: list[str]) -> int:
 
 def _peers(args: argparse.Namespace) -> list[Figure]:
     """Other environments see this package through a folder that holds nothing else."""
+    model, peers = args.model.resolve(), args.peers.resolve()
+    if not peers.is_dir():
+        raise ConfigError(f"--peers must be a folder that bench/peers/prepare.py made, got {peers}")
+    cache = peers / "vivace-cache"
+    cache.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as source:
         Path(source, "vivace").symlink_to(PACKAGE)
-        cache = args.peers / "vivace-cache"
-        cache.mkdir(exist_ok=True)
-        at = Setting(args.model.resolve(), args.peers.resolve(), cache, Path(source), args.threads)
+        at = Setting(model, peers, cache, Path(source), args.threads)
         return rows.measure(at, rounds=args.rounds, rows=args.rows, without=args.without)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vivace
+from vivace.bench import cli
 from vivace.bench.job import random_job
 from vivace.bench.peers import engines, prepare, rows, with_llama_server
 from vivace.bench.peers.engines import Setting, started
@@ -108,6 +109,11 @@ def test_a_ratio_says_how_many_times_as_good_ours_is():
 def test_a_share_is_of_the_nearest_limit():
     work = Work(num_bytes=1e9, int8_ops=8e9, fp32_ops=1e9)
     assert rows._share(work, 4.0, PEAKS) == ("int8 peak", 50.0)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--peers must be a folder"):
+        cli.main("bench", ["peers", str(NORTHSTAR), "--peers", str(tmp_path / "none")])
 
 
 def test_all_pairs_are_of_engines_that_there_are():
