@@ -16,9 +16,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# torch first, and held there: optimum-intel asks for a newer one, with its CUDA packages.
+# Held there: optimum-intel asks for a newer one. Where pip's index serves the CUDA build, point pip at the CPU one first.
 TORCH = "torch==2.13.0"
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OPENVINO = (
     *("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0"),
     *("nncf==3.4.0", "transformers==5.5.4", "huggingface-hub<1.22", "setuptools", "requests"),
@@ -74,7 +73,6 @@ def _environment(place: Path, packages: Sequence[str], then: Sequence[str] = ())
         return
     _run(sys.executable, "-m", "venv", place)
     pip = (place / "bin" / "python", "-m", "pip", "install", "-q")
-    _run(*pip, TORCH, "--extra-index-url", CPU_INDEX)
     _run(*pip, TORCH, *packages)
     if then:
         _run(*pip, "--no-deps", *then)
