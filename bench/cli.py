@@ -23,14 +23,16 @@ def main(command: str, argv: list[str]) -> int:
             figures = [one for count in args.requests for one in host.measure(count, args.rounds)]
             config = {"rounds": args.rounds}
         case "startup":
-            figures = startup.measure(args.model, args.runs)
-            config = {"model": args.model.name, "runs": args.runs}
+            figures = startup.measure(args.model, args.runs, args.quantize)
+            config = {"model": args.model.name, "runs": args.runs, "quantize": args.quantize}
         case "frontend":
             load = frontend.Load(args.rounds, args.streams, args.messages, args.calls)
             figures = frontend.measure(args.model, load)
             config = {"model": args.model.name, **asdict(load)}
         case "process":
-            decode = process.Load(args.rounds, args.streams, args.tokens, args.threads)
+            decode = process.Load(
+                args.rounds, args.streams, args.tokens, args.threads, args.quantize
+            )
             figures = process.measure(args.model, decode)
             config = {"model": args.model.name, **asdict(decode)}
     result.report(f"bench {args.kind}", figures, config)
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     one = kinds.add_parser("startup", help="server start to first token, over gRPC")
     one.add_argument("model", type=Path, help="a checkpoint with a chat template")
     one.add_argument("--runs", type=int, default=5)
+    one.add_argument("--quantize", default="none")
     one = kinds.add_parser("frontend", help="what the service costs beside its engine, by ratio")
     one.add_argument("model", type=Path, nargs="?", default=DEMO, help="whose tokenizer is used")
     one.add_argument("--rounds", type=int, default=20)
@@ -58,4 +61,5 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--streams", type=int, default=8)
     one.add_argument("--tokens", type=int, default=96, help="of each stream")
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one.add_argument("--quantize", default="none")
     return parser

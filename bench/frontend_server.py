@@ -114,7 +114,7 @@ async def _serve(kind: str, model: Path) -> None:
     tokenizer = Tokenizer.load(model)
     reply = tuple(tokenizer.encode(REPLY, add_special_tokens=False))
     info = EngineInfo(
-        "Instant", 1 << 20, MAX_CONTEXT_TOKENS, (), 0, "fp32", "none", 0, 16, 1, "fp32", 0, 64, 64, 0.0
+        "Instant", 1 << 20, MAX_CONTEXT_TOKENS, (), 0, "fp32", "", "none", 0, 16, 1, "fp32", 0, 64, 64, 0.0
     )  # fmt: skip
     engine = InstantEngine(reply, info)
     with Path(os.devnull).open("w") as log:  # written and flushed, and kept nowhere

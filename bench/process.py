@@ -16,7 +16,7 @@ import uvloop
 
 from vivace.bench.result import Figure, figure
 from vivace.engine import core
-from vivace.engine.config import Config, CpuConfig
+from vivace.engine.config import Config, CpuConfig, quantized_by
 from vivace.engine.core import Clock, EngineCore
 from vivace.engine.events import EngineRequest, Sampling, TokenEvent
 from vivace.engine.runtimes import Engine
@@ -64,11 +64,14 @@ class Load:
     streams: int  # at a time
     tokens: int  # of each
     threads: int  # that compute, of both
+    quantize: str = "none"
 
 
 def measure(model: Path, load: Load) -> list[Figure]:
     """Tokens/s of both, and the ratio round by round. The first round warms up and is not counted."""
-    config = Config(model=model, cpu=CpuConfig(threads=load.threads))
+    config = Config(
+        model=model, cpu=CpuConfig(threads=load.threads), weights=quantized_by(load.quantize)
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         rates = runner.run(_measure(config, load))
     name = f"{load.streams} streams"

@@ -13,9 +13,9 @@ from vivace.serving.client import Client
 STOP_S = 30
 
 
-def measure(model: Path, runs: int) -> list[Figure]:
+def measure(model: Path, runs: int, quantize: str = "none") -> list[Figure]:
     """Seconds to ready and to the first token; the first run warms the page cache and is not counted."""
-    timed = [_one(model) for _ in range(runs + 1)][1:]
+    timed = [_one(model, quantize) for _ in range(runs + 1)][1:]
     ready, first, itl = zip(*timed, strict=True)
     return [
         figure("process start to ready, s", ready),
@@ -24,10 +24,11 @@ def measure(model: Path, runs: int) -> list[Figure]:
     ]
 
 
-def _one(model: Path) -> tuple[float, float, float]:
+def _one(model: Path, quantize: str) -> tuple[float, float, float]:
     start = time.monotonic()
+    words = ["serve", str(model), "--quantize", quantize, "--port", "0"]
     server = subprocess.Popen(
-        [sys.executable, "-m", "vivace", "serve", str(model), "--port", "0"],
+        [sys.executable, "-m", "vivace", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -6,11 +6,10 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from vivace.engine.config import Config
-from vivace.engine.config_file import add_flags, from_words, to_toml
+from vivace.engine.config import Config, quantized_by
+from vivace.engine.config_file import add_flag, add_flags, from_words, to_toml
 from vivace.engine.errors import ArtifactError, ConfigError, printable
 from vivace.engine.models import weights
-from vivace.engine.models.decoder import emit
 from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.models.hf_config import architecture_name, read_spec
 from vivace.engine.models.json_fields import read_fields
@@ -23,6 +22,7 @@ from vivace.engine.plan import (
     mib,
     num_active_parameters,
     num_parameters,
+    program_of,
     read_machine,
 )
 from vivace.engine.share import plan_all, plan_one, share
@@ -62,7 +62,7 @@ def _remarks(config: Config, plan: Plan) -> list[str]:
     return [
         f"plan: {plan.threads} threads, context {plan.max_context_tokens:,} tokens",
         f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {config.cache.block_tokens} tokens",
-        f"weights in fp32 {mib(plan.weight_bytes)}, working memory {mib(plan.arena_bytes)}",
+        f"weights {plan.weight_kinds}; working memory {mib(plan.arena_bytes)}",
     ]
 
 
@@ -73,7 +73,10 @@ def _info(argv: list[str]) -> int:
         "Exits with 1 if it cannot be served.",
     )
     parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
-    model = parser.parse_args(argv).model
+    add_flag(parser, "quantize")
+    args = parser.parse_args(argv)
+    model = args.model
+    config = Config(model=model, weights=quantized_by(args.quantize))
     if not model.is_dir():
         raise ArtifactError(f"{model} is not a folder")
     rows = {
@@ -83,12 +86,12 @@ def _info(argv: list[str]) -> int:
     try:
         spec = read_spec(model)
         rows["supported"] = "yes"
-        program = emit(spec)
+        program = program_of(config, spec)
         rows |= _model_rows(spec, program)
         end_tokens = ", ".join(map(str, read_generation_defaults(model).eos_token_ids))
         rows["end tokens"] = end_tokens or "none"
         weights.check(model, program, spec.architecture)
-        rows |= _plan_rows(model, spec, program)
+        rows |= _plan_rows(config, spec, program)
     except (ArtifactError, ConfigError) as error:
         rows |= _file_rows(model) | {"problem": str(error)}
     for name, value in rows.items():
@@ -126,12 +129,13 @@ def _model_rows(spec: ModelSpec, program: Program) -> dict[str, str]:
     }
 
 
-def _plan_rows(model: Path, spec: ModelSpec, program: Program) -> dict[str, str]:
-    plan = make_plan(Config(model=model), spec, program, read_machine())
+def _plan_rows(config: Config, spec: ModelSpec, program: Program) -> dict[str, str]:
+    plan = make_plan(config, spec, program, read_machine())
     needed = plan.weight_bytes + plan.arena_bytes + plan.kv_bytes
     return {
-        "memory": f"{_mib(needed)}: weights in fp32 {_mib(plan.weight_bytes)}, working memory "
+        "memory": f"{_mib(needed)}: weights {_mib(plan.weight_bytes)}, working memory "
         f"{_mib(plan.arena_bytes)}, KV cache {_mib(plan.kv_bytes)} ({plan.num_blocks} blocks)",
+        "weights": plan.weight_kinds,
         "threads": f"{plan.threads}",
     }
 

@@ -23,6 +23,7 @@ FLAGS = {  # what people set daily
     "insecure": "server.insecure",
     "backend": "backend",
     "quantize": "weights.quantize",
+    "cache-dir": "weights.cache_dir",
     "threads": "cpu.threads",
     "kv-memory": "cache.memory_bytes",
     "max-context": "max_context_tokens",
@@ -61,12 +62,17 @@ def add_flags(parser: ArgumentParser) -> None:
         help="any setting, such as scheduler.max_running=8; may be repeated; "
         "`vivace config` prints them all",
     )
-    for flag, path in FLAGS.items():
-        one = _find(path)
-        words: dict[str, Any] = {"action": "store_const", "const": "true"}
-        if one.type is not bool:
-            words = {"metavar": "SIZE" if one.name.endswith("_bytes") else "VALUE"}
-        parser.add_argument(f"--{flag}", help=_about(one).replace("%", "%%"), **words)
+    for flag in FLAGS:
+        add_flag(parser, flag)
+
+
+def add_flag(parser: ArgumentParser, flag: str) -> None:
+    """One of FLAGS; its value is left as it was written."""
+    one = _find(FLAGS[flag])
+    words: dict[str, Any] = {"action": "store_const", "const": "true"}
+    if one.type is not bool:
+        words = {"metavar": "SIZE" if one.name.endswith("_bytes") else "VALUE"}
+    parser.add_argument(f"--{flag}", help=_about(one).replace("%", "%%"), **words)
 
 
 def from_words(args: Namespace) -> ServeConfig:
@@ -183,6 +189,8 @@ def _value(one: Field[Any], path: str, raw: Any) -> Any:
     if isinstance(raw, str):
         if isinstance(one.type, type) and issubclass(one.type, Enum):
             return next((member for member in one.type if member.value == raw), raw)
+        if one.type == Path | None and raw:
+            return Path(raw)
         if one.name.endswith("_bytes") and (size := SIZE.fullmatch(raw)):
             return int(size[1]) * UNITS[size[2]]
     return raw
@@ -225,8 +233,8 @@ def _toml(one: Field[Any], value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Enum):
         return _string(value.value)
-    if isinstance(value, str):
-        return _string(value)
+    if isinstance(value, str | Path):
+        return _string(str(value))
     if one.name.endswith("_bytes"):
         for unit, size in reversed(UNITS.items()):
             if value % size == 0:

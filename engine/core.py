@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from vivace.engine import pooling
 from vivace.engine.batch import Batch, Batcher
@@ -24,12 +25,12 @@ from vivace.engine.events import (
     TokenLogprobs,
     Usage,
 )
-from vivace.engine.models import weights
-from vivace.engine.models.decoder import emit
+from vivace.engine.models import packing, weights
 from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.models.hf_config import read_spec
-from vivace.engine.models.quantize import Quantize, place, quantize
-from vivace.engine.plan import Plan, make_plan, num_parameters, read_machine
+from vivace.engine.models.program import Program
+from vivace.engine.models.quantize import Quantize, place
+from vivace.engine.plan import Plan, make_plan, num_parameters, program_of, read_machine
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 from vivace.engine.runner import Runner
@@ -143,8 +144,9 @@ class EngineCore:
         if not (step.decoding or step.chunks):
             return events
         batch = self._batcher.build(step)
-        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows)
-        sampled = self._sampler.sample(logits_RV, batch) if batch.num_sampled else []
+        sample = partial(self._sampler.sample, batch=batch) if batch.num_sampled else None
+        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows, sample)
+        sampled = self._sampler.sampled(batch) if batch.num_sampled else []
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
         if batch.pooled_rows:
             pooling.add_rows(batch.pooled_rows, self._runner.ops.memory.read(hidden_PM))
@@ -302,7 +304,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
     """
     start = time.monotonic()
     spec = read_spec(config.model)
-    program = quantize(emit(spec), config.weights.quantize, config.weights.group)
+    program = program_of(config, spec)
     plan = make_plan(config, spec, program, read_machine())
     if config.backend is backend.Backend.CPU:
         try:
@@ -311,9 +313,8 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
             raise ConfigError(f"cpu.{error}") from error
     else:
         ops = backend.load(config.backend, device=config.device)
-    arrays = weights.load(
-        config.model, program, spec.architecture, progress, place=partial(place, ops.memory)
-    )
+    loading = packing.Work(plan.threads, config.weights.cache_dir, progress)
+    arrays, origin = _load_weights(config, program, spec.architecture, ops.memory, work=loading)
     runner = Runner(
         program,
         ops,
@@ -328,6 +329,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
         max_context_tokens=plan.max_context_tokens,
         eos_token_ids=read_generation_defaults(config.model).eos_token_ids,
         num_parameters=num_parameters(program),
+        weights=f"{plan.weight_kinds}; {origin}",
         dtype="fp32" if config.weights.quantize is Quantize.NONE else config.weights.quantize.value,
         backend=config.backend.value,
         threads=plan.threads,
@@ -341,3 +343,16 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
     )
     context = ContextRules(window=spec.window, long_rope_from=spec.long_rope_from)
     return EngineCore(config, plan, runner, context=context, info=info, clock=time.monotonic)
+
+
+def _load_weights(
+    config: Config, program: Program, architecture: str, memory: Any, *, work: packing.Work
+) -> tuple[dict[str, Any], str]:
+    """The weights by name, and where they come from."""
+    is_quantized = config.weights.quantize is not Quantize.NONE
+    if is_quantized and config.backend is backend.Backend.CPU:
+        return packing.load(config.model, program, architecture, memory=memory, work=work)
+    arrays = weights.load(
+        config.model, program, architecture, work.progress, place=partial(place, memory)
+    )
+    return arrays, "of the checkpoint"

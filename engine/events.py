@@ -113,7 +113,8 @@ class EngineInfo:
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
     num_parameters: int
-    dtype: str  # of the weights as they are kept
+    dtype: str  # of most weights as they are kept
+    weights: str  # how much is kept in which type, and where it came from
     backend: str
     threads: int
     block_tokens: int

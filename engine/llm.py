@@ -9,11 +9,10 @@ from pathlib import Path
 
 from vivace.engine import core
 from vivace.engine.completion import Completion, TextEvent
-from vivace.engine.config import Config
+from vivace.engine.config import Config, quantized_by
 from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import EngineRequest, FinishReason, TokenEvent, TokenLogprobs, Usage
 from vivace.engine.models.generation_config import read_generation_defaults
-from vivace.engine.models.quantize import Quantize
 from vivace.engine.replies import best_replies, reply_requests
 from vivace.engine.sampling import (
     ModelLimits,
@@ -94,10 +93,8 @@ class LLM:
         directory = Path(model)
         self._config = config or Config(model=directory)
         if quantize is not None:
-            kinds = [kind.value for kind in Quantize]
-            if quantize not in kinds:
-                raise ConfigError(f"quantize must be one of {', '.join(kinds)}, got {quantize!r}")
-            weights = replace(self._config.weights, quantize=Quantize(quantize))
+            kind = quantized_by(quantize).quantize
+            weights = replace(self._config.weights, quantize=kind)
             self._config = replace(self._config, weights=weights)
         if self._config.model != directory:
             raise ConfigError(f"config.model ({self._config.model}) is not the model ({directory})")

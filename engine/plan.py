@@ -10,11 +10,12 @@ from pathlib import Path
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
-from vivace.engine.models.program import Kind, Program, Symbol, Value, sized, values_of
+from vivace.engine.models.decoder import emit
+from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of, weight_bytes
+from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
-from vivace.kernels.buffer import DType
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 FP32_BYTES = 4
@@ -38,6 +39,7 @@ class Plan:
     num_blocks: int
     kv_bytes: int
     weight_bytes: int
+    weight_kinds: str  # how much is kept in which type
     arena_bytes: int
     max_rows: int
     most: dict[Symbol, int]  # the largest step
@@ -57,8 +59,18 @@ def read_machine() -> Machine:
     return Machine(num_cpus=cpus, free_bytes=free)
 
 
+def program_of(config: Config, spec: ModelSpec) -> Program:
+    """What the engine of this config runs."""
+    return quantize(emit(spec), config.weights.quantize, config.weights.group)
+
+
 def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:
     """Raises ConfigError if the model, its cache and its working memory do not fit."""
+    weights = config.weights
+    if weights.cache_dir is not None and weights.quantize is Quantize.NONE:
+        raise ConfigError(
+            f"weights.cache_dir ({weights.cache_dir}) keeps quantized weights; set weights.quantize"
+        )
     context = config.max_context_tokens or spec.max_context_tokens
     if not 2 <= context <= spec.max_context_tokens:
         raise ConfigError(
@@ -74,16 +86,16 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
     }
-    weight_bytes = num_weight_bytes(program)
+    all_weight_bytes = num_weight_bytes(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
     block_bytes = kv_token_bytes(spec) * block_tokens
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(machine)
-    needed = weight_bytes + work_bytes + kv_bytes
+    needed = all_weight_bytes + work_bytes + kv_bytes
     if needed > machine.free_bytes:
         raise ConfigError(
-            f"not enough memory: weights {mib(weight_bytes)}, KV cache {mib(kv_bytes)} and working "
+            f"not enough memory: weights {mib(all_weight_bytes)}, KV cache {mib(kv_bytes)} and working "
             f"memory {mib(work_bytes)} need {mib(needed)}, {mib(machine.free_bytes)} is free"
         )
     num_blocks = kv_bytes // block_bytes
@@ -98,7 +110,8 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         max_blocks=-(-context // block_tokens),
         num_blocks=num_blocks,
         kv_bytes=num_blocks * block_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=all_weight_bytes,
+        weight_kinds=weight_kinds(program),
         arena_bytes=work_bytes,
         max_rows=max_rows,
         most=most,
@@ -119,17 +132,18 @@ def num_parameters(program: Program) -> int:
 def num_weight_bytes(program: Program) -> int:
     """Of the weights as they are kept; tied ones count once."""
     weights = dict.fromkeys(v for v in values_of(program) if v.kind is Kind.WEIGHT)
-    return sum(map(_weight_bytes, weights))
+    return sum(map(weight_bytes, weights))
 
 
-def _weight_bytes(value: Value) -> int:
-    shape = sized(value.shape, {})
-    if value.dtype is DType.INT8:  # with scale and sum of each row
-        return prod(shape) + 8 * shape[0]
-    if value.dtype is DType.INT4:
-        assert value.group is not None
-        return shape[0] * (-(-shape[1] // 2) + 2 * -(-shape[1] // value.group) + 4)
-    return FP32_BYTES * prod(shape)
+def weight_kinds(program: Program) -> str:
+    """How much is kept in which type, the most first."""
+    found: dict[str, int] = {}
+    for value in dict.fromkeys(v for v in values_of(program) if v.kind is Kind.WEIGHT):
+        groups = "" if value.group is None else f" in groups of {value.group}"
+        kind = value.dtype.value + groups
+        found[kind] = found.get(kind, 0) + weight_bytes(value)
+    kinds = sorted(found, key=lambda kind: -found[kind])
+    return ", ".join(f"{kind} {found[kind] / 2**20:,.1f} MiB" for kind in kinds)
 
 
 def num_active_parameters(program: Program, spec: ModelSpec) -> int:

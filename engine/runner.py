@@ -1,10 +1,12 @@
 """Batch to logits and hidden states: binds a `Program` to buffers and runs its calls in order.
 Decides nothing; imports no torch.
 
-The plain loop: whatever replaces it (a replay in C++, a captured graph) must give what it gives.
+The plain loop calls op by op. With a backend's recorder, the ops are noted down once, when the
+model is loaded, and every step is one call; it must give what the loop gives.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from operator import itemgetter
 from typing import Any
@@ -16,6 +18,7 @@ from vivace.engine.models.program import (
     Program,
     Sizes,
     Symbol,
+    Value,
     assign_slots,
     sized,
     values_of,
@@ -33,6 +36,7 @@ BYTES = {
     DType.INT32: 4,
     DType.INT64: 8,
 }
+SIZES = (Symbol.T, Symbol.B, Symbol.P, Symbol.R)  # of a replay; the others follow or are fixed
 MAX_BOUND = 256  # sizes whose views are kept: decode steps come back to the same few
 
 
@@ -43,7 +47,10 @@ def arena_bytes(program: Program, most: Sizes) -> int:
 
 class Runner:
     """Owns the arena, the caches and the uploaded weights. Not thread-safe: the engine loop is its
-    only caller."""
+    only caller.
+
+    Steps are replayed if the backend has a recorder; `replace(ops, recorder=None)` is the loop.
+    """
 
     def __init__(
         self,
@@ -79,7 +86,7 @@ class Runner:
         self._activations = [
             (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
         ]
-        self._results = places[program.logits], places[program.hidden]
+        self._results = program.logits, program.hidden
         self._calls: list[tuple[Callable[..., None], Callable[[Any], Any], dict[str, Any]]] = [
             (
                 getattr(ops, call.op),
@@ -93,25 +100,73 @@ class Runner:
             key=lambda symbol: symbol.name,
         )
         self._bound: dict[tuple[int, ...], list[Buffer | None]] = {}
+        # Where a replay reads the inputs: a block table of all columns, though a step fills few.
+        self._staged: dict[str, Array] = {}
+        self._replay = None
+        if ops.recorder is not None:
+            for value, _ in self._inputs:
+                assert value.dtype is DType.INT32
+                self._staged[value.name] = np.zeros(sized(value.shape, self._most), np.int32)
+            limits = {**self._most, Symbol.R: min(most[Symbol.R], most[Symbol.P])}
+            self._replay = ops.recorder.record(self._call_staged, [limits[size] for size in SIZES])
+            self._bound.clear()
 
     def step(
-        self, inputs: Mapping[str, Array], num_logits: int | None = None
+        self,
+        inputs: Mapping[str, Array],
+        num_logits: int | None = None,
+        then: Callable[[Buffer], None] | None = None,
     ) -> tuple[Buffer, Buffer]:
         """Return logits [R, V] of the first `num_logits` of the rows asked for, None for all, and
         the final hidden state [P, M] of all, both valid until the next step.
 
+        `then` calls further ops on the logits, which run with the step; it must not read a buffer.
         Raises ValueError if the inputs do not fit.
         """
         sizes = self._sizes(inputs, num_logits)
-        buffers = self._bind(sizes)
+        if self._replay is None:
+            logits, hidden = self._loop(inputs, sizes)
+            if then is not None:
+                then(logits)
+            return logits, hidden
+        for name, staged in self._staged.items():
+            array = inputs[name]
+            if array.dtype != staged.dtype:
+                raise ValueError(f"{name} must hold {staged.dtype}, got {array.dtype}")
+            staged[tuple(map(slice, array.shape))] = array
+        logits, hidden = (self._view(value, sizes) for value in self._results)
+        self._replay.run(
+            [sizes[symbol] for symbol in SIZES], None if then is None else partial(then, logits)
+        )
+        return logits, hidden
+
+    def _loop(self, inputs: Mapping[str, Array], sizes: Sizes) -> tuple[Buffer, Buffer]:
+        """Every op called in its turn."""
         upload = self.ops.memory.upload
-        for value, i in self._inputs:
-            buffers[i] = upload(np.ascontiguousarray(inputs[value.name]))
+        arrays = (upload(np.ascontiguousarray(inputs[value.name])) for value, _ in self._inputs)
+        self._call(sizes, arrays)
+        logits, hidden = (self._view(value, sizes) for value in self._results)
+        return logits, hidden
+
+    def _call_staged(self, values: Sequence[int]) -> None:
+        """Every op called on the staged inputs of a step of these `SIZES`."""
+        sizes = dict(zip(SIZES, values, strict=True))
+        sizes |= {Symbol.B1: sizes[Symbol.B] + 1, Symbol.X: self._most[Symbol.X]}
+        memory = self.ops.memory
+        staged = (
+            memory.view(
+                memory.upload(self._staged[value.name].reshape(-1)), sized(value.shape, sizes)
+            )
+            for value, _ in self._inputs
+        )
+        self._call(sizes, staged)
+
+    def _call(self, sizes: Sizes, inputs: Iterable[Buffer]) -> None:
+        buffers = self._bind(sizes)
+        for (_, i), buffer in zip(self._inputs, inputs, strict=True):
+            buffers[i] = buffer
         for run, pick, attrs in self._calls:
             run(*pick(buffers), **attrs)
-        logits, hidden = (buffers[i] for i in self._results)
-        assert logits is not None and hidden is not None
-        return logits, hidden
 
     def _sizes(self, inputs: Mapping[str, Array], num_logits: int | None) -> dict[Symbol, int]:
         """The symbols' values, from the shapes of the inputs; the rows of logits have none."""
@@ -128,6 +183,10 @@ class Runner:
                     raise ValueError(
                         f"{value.name} {list(shape)}: {symbol.value} are {sizes[symbol]} elsewhere"
                     )
+        if sizes[Symbol.B1] != sizes[Symbol.B] + 1:
+            raise ValueError(
+                f"query_starts must be [{sizes[Symbol.B] + 1}], got [{sizes[Symbol.B1]}]"
+            )
         num_rows = sizes[Symbol.P]
         sizes[Symbol.R] = num_rows if num_logits is None else num_logits
         if not 0 <= sizes[Symbol.R] <= num_rows:
@@ -146,9 +205,13 @@ class Runner:
                 del self._bound[next(iter(self._bound))]  # the oldest
             bound = self._bound[key] = list(self._fixed)
             for value, i in self._activations:
-                slot = self._arena[self._slots[value.owner]]
-                bound[i] = self.ops.memory.view(slot, sized(value.shape, sizes))
+                bound[i] = self._view(value, sizes)
         return bound
+
+    def _view(self, value: Value, sizes: Sizes) -> Buffer:
+        """An activation, where it lies."""
+        slot = self._arena[self._slots[value.owner]]
+        return self.ops.memory.view(slot, sized(value.shape, sizes))
 
 
 def _slot_sizes(program: Program, most: Sizes) -> list[tuple[int, DType]]:

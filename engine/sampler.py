@@ -50,13 +50,12 @@ class Sampler:
         self._top_ids = memory.empty((max_rows * most,), DType.INT32)
         self._top_logprobs = memory.empty((max_rows * most,), DType.FP32)
 
-    def sample(self, logits_RV: Buffer, batch: Batch) -> list[int]:
-        """The token of each row that samples."""
+    def sample(self, logits_RV: Buffer, batch: Batch) -> None:
+        """Draw the token of each row that samples; `sampled` reads them."""
         R, memory, rows = batch.num_rows, self._ops.memory, batch.sampling
         adjustments = rows.adjustments
-        tokens_R = memory.view(self._tokens, (R,))
         self._ops.sample(
-            tokens_R,
+            memory.view(self._tokens, (R,)),
             memory.view(self._scores, (R, self._vocab_size)),
             logits_RV,
             memory.upload(rows.temperature_R),
@@ -75,7 +74,11 @@ class Sampler:
             memory.upload(adjustments.bias_ids),
             memory.upload(adjustments.bias_values),
         )
-        tokens: list[int] = memory.read(tokens_R)[: batch.num_sampled].tolist()
+
+    def sampled(self, batch: Batch) -> list[int]:
+        """The tokens that were drawn, of each row that samples."""
+        memory = self._ops.memory
+        tokens: list[int] = memory.read(memory.view(self._tokens, (batch.num_sampled,))).tolist()
         return tokens
 
     def logprobs(self, logits_RV: Buffer, batch: Batch, sampled: list[int]) -> RowLogprobs | None:

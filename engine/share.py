@@ -9,10 +9,8 @@ from dataclasses import replace
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ArtifactError, ConfigError
-from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
-from vivace.engine.models.quantize import quantize
-from vivace.engine.plan import Machine, Plan, default_kv_bytes, make_plan, mib
+from vivace.engine.plan import Machine, Plan, default_kv_bytes, make_plan, mib, program_of
 
 
 def share(configs: Mapping[str, Config], machine: Machine) -> dict[str, Config]:
@@ -50,8 +48,7 @@ def plan_one(name: str, config: Config, machine: Machine) -> Plan:
     """What the engine of one config will plan. Raises ConfigError or ArtifactError naming the model."""
     try:
         spec = read_spec(config.model)
-        program = quantize(emit(spec), config.weights.quantize, config.weights.group)
-        return make_plan(config, spec, program, machine)
+        return make_plan(config, spec, program_of(config, spec), machine)
     except (ArtifactError, ConfigError) as error:
         raise type(error)(f"model {name!r}: {error}") from error
 

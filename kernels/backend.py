@@ -33,6 +33,7 @@ from vivace.kernels import (
     take_rows,
 )
 from vivace.kernels.memory import Memory
+from vivace.kernels.recorder import Recorder
 
 
 class Backend(Enum):
@@ -50,6 +51,7 @@ class Ops:
     progress: Callable[
         [], int
     ]  # how many ops have finished; a watchdog may call it from another thread
+    recorder: Recorder | None  # None: the backend's ops can be called one by one only
     linear: linear.Run
     quantize: quantize.Run
     linear_int8: linear_int8.Run
@@ -71,6 +73,9 @@ class Ops:
     sample: sample.Run
     logprobs: logprobs.Run
     kv_read: kv_read.Run
+
+
+NO_OPS = ("memory", "progress", "recorder")  # fields of Ops
 
 
 def load(
@@ -95,8 +100,10 @@ def load(
 
 def _load_cpu(threads: int, isa: str | None) -> Ops:
     library = import_module("vivace.kernels.cpu.library").Library(threads=threads, isa=isa)
+    recorder = import_module("vivace.kernels.cpu.recorder").CpuRecorder(library)
     memory = import_module("vivace.kernels.memory.cpu").CpuMemory(library)
-    return _ops(memory, lambda module: import_module(f"{module}.cpu").bind(library))
+    bound = _bind(lambda module: import_module(f"{module}.cpu").bind(library))
+    return Ops(memory=memory, progress=library.progress, recorder=recorder, **bound)
 
 
 def _load_reference(device: str) -> Ops:
@@ -104,17 +111,18 @@ def _load_reference(device: str) -> Ops:
         memory = import_module("vivace.kernels.memory.reference").TorchMemory(device)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install vivace[gpu]") from error
-    return _ops(memory, lambda module: import_module(f"{module}.reference").run)
-
-
-def _ops(memory: Memory, bind: Callable[[str], Callable[..., None]]) -> Ops:
     counter = Counter()
-    bound = {}
-    for field in fields(Ops):
-        if field.name not in ("memory", "progress"):
-            module = f"vivace.kernels.{field.name}"
-            bound[field.name] = _checked(import_module(module).check, bind(module), counter)
-    return Ops(memory=memory, progress=counter.read, **bound)
+    bound = _bind(lambda module: counter.counted(import_module(f"{module}.reference").run))
+    return Ops(memory=memory, progress=counter.read, recorder=None, **bound)
+
+
+def _bind(bind: Callable[[str], Callable[..., None]]) -> dict[str, Callable[..., None]]:
+    names = [one.name for one in fields(Ops) if one.name not in NO_OPS]
+    modules = {name: f"vivace.kernels.{name}" for name in names}
+    return {
+        name: _checked(import_module(module).check, bind(module))
+        for name, module in modules.items()
+    }
 
 
 class Counter:
@@ -127,13 +135,19 @@ class Counter:
         """The count so far."""
         return self.count
 
+    def counted(self, run: Callable[..., None]) -> Callable[..., None]:
+        """An op that is counted."""
 
-def _checked(
-    check: Callable[..., None], run: Callable[..., None], counter: Counter
-) -> Callable[..., None]:
+        def run_and_count(*args: Any, **kwargs: Any) -> None:
+            run(*args, **kwargs)
+            self.count += 1
+
+        return run_and_count
+
+
+def _checked(check: Callable[..., None], run: Callable[..., None]) -> Callable[..., None]:
     def checked(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
         run(*args, **kwargs)
-        counter.count += 1
 
     return checked

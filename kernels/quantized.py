@@ -10,6 +10,10 @@ Array = np.ndarray[Any, Any]
 INT8_MOST = 127
 INT4_LEAST, INT4_MOST = -8, 7
 GROUPS = (32, 64, 128)
+LAYOUT = (
+    1  # of kernels/cpu/packed.h and of what is rounded how: a packed matrix of another is of no use
+)
+TILE = 32  # outputs that lie together
 MAX_INPUTS = 1 << 16  # more of them, each at most 255 * 127, could overflow a sum of 32 bits
 
 
@@ -38,6 +42,16 @@ class Quantized:
             return self.q.astype(np.float32) * self.scales[:, None]
         of_inputs = np.repeat(self.scales.astype(np.float32), self.group, axis=1)
         return self.q.astype(np.float32) * of_inputs[:, : self.q.shape[1]]
+
+
+def packed_bytes(N: int, K: int, group: int | None) -> int:
+    """Of a packed matrix, as kernels/cpu/packed.h has it."""
+    num_tiles = -(-N // TILE)
+    if group is None:
+        return num_tiles * TILE * (-(-K // 4) * 4 + 8)
+    whole, rest = divmod(K, group)
+    tail = (2 + -(-rest // 8) * 4) if rest else 0
+    return num_tiles * TILE * (whole * (2 + group // 2) + tail + 4)
 
 
 def quantize_int8(w_NK: Array) -> Quantized:

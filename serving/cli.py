@@ -86,11 +86,14 @@ def _generate(argv: list[str]) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--target", default=TARGET, help="a server (default: %(default)s)")
     where.add_argument("--model", type=Path, help="or a checkpoint, loaded for this command alone")
+    parser.add_argument("--quantize", help="round that checkpoint's weights: int8 or int4")
     _add_name(parser)
     sampling_flags.add_flags(parser)
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.input is None):
         parser.error("one of PROMPT and --input must be given")
+    if args.quantize is not None and args.model is None:
+        parser.error("--quantize is of a --model that is loaded for this command")
     if args.concurrency < 1:
         parser.error(f"--concurrency must be at least 1, got {args.concurrency}")
     params = sampling_flags.from_flags(args) | _named(args)
@@ -101,9 +104,11 @@ def _generate(argv: list[str]) -> int:
         if args.model is not None:
             if not args.model.is_dir():
                 raise ArtifactError(f"{args.model} is not a folder")
+            from vivace.engine.config import Config, quantized_by
             from vivace.serving import private
 
-            target = stack.enter_context(private.serving(args.model, _progress_bar()))
+            engine = Config(model=args.model, weights=quantized_by(args.quantize))
+            target = stack.enter_context(private.serving(engine, _progress_bar()))
         client = stack.enter_context(Client(target))
         if args.input is None and args.output is None:
             return _continue(client, args.prompt, params)

@@ -18,7 +18,7 @@ from vivace.serving.server import Console, Progress, Server
 
 
 @contextmanager
-def serving(model: Path, on_progress: Progress) -> Iterator[str]:
+def serving(config: Config, on_progress: Progress) -> Iterator[str]:
     """The target of a server that is ready. Raises what keeps the model from being served."""
     with (
         tempfile.TemporaryDirectory(prefix="vivace-") as directory,  # mode 0700
@@ -27,7 +27,7 @@ def serving(model: Path, on_progress: Progress) -> Iterator[str]:
     ):
         target = f"unix:{directory}/server.sock"
         ready: Future[int] = Future()
-        launches = {model.resolve().name: (Config(model=model), spawn())}
+        launches = {config.model.resolve().name: (config, spawn())}
         server = Server(
             ServerConfig(), launches, target, Console(log, on_progress, ready.set_result)
         )

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 CPP = {".cpp", ".h"}
 MAX_FILE_LINES = 400
 MAX_FOLDER_LINES = [  # folder, kind of file, lines of code
-    ("engine", {".py"}, 6_000),
+    ("engine", {".py"}, 7_000),
     ("kernels", {".py"}, 5_000),
     ("kernels", CPP, 6_000),
     ("compression", {".py"}, 4_000),

@@ -7,11 +7,13 @@ none in whoever runs it, depends on how many tokens there are.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from vivace.kernels.buffer import DType
+from vivace.kernels.quantized import packed_bytes
 
 
 class Symbol(Enum):
@@ -91,6 +93,15 @@ class Program:
 def values_of(program: Program) -> list[Value]:
     """Every value that a call touches, each once, in the order of first use."""
     return list(dict.fromkeys(v for call in program.calls for v in (*call.outs, *call.ins)))
+
+
+def weight_bytes(value: Value) -> int:
+    """Bytes of a weight as it is kept."""
+    shape = sized(value.shape, {})
+    if value.is_quantized:
+        N, K = shape
+        return packed_bytes(N, K, value.group)
+    return 4 * prod(shape)
 
 
 def sized(shape: tuple[Size, ...], sizes: Sizes) -> tuple[int, ...]:

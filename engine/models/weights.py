@@ -51,7 +51,7 @@ BITS = {
 }
 MAX_DIMENSIONS = 8
 SLAB_BYTES = 16 << 20  # of a file, that are read before their pages are given back
-READABLE = ("F32", "F16", "BF16")
+FORMATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # that can be read
 # Tensors of old checkpoints that follow from the config.
 HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -92,6 +92,12 @@ class Tensor:
             yield rows, rows_of_bytes[rows]
             self._drop(self.start + rows.start * row_bytes, self.start + rows.stop * row_bytes)
 
+    def let_go(self, part: Array) -> None:
+        """Give back the pages of a view of the mapping. It stays valid: the file still has them."""
+        origin = self.raw().__array_interface__["data"][0] - self.start
+        low, high = np.lib.array_utils.byte_bounds(part)
+        self._drop(low - origin, high - origin)
+
     def _drop(self, start: int, end: int) -> None:
         start = start // mmap.PAGESIZE * mmap.PAGESIZE
         self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
@@ -106,6 +112,26 @@ class Piece:
     shape: tuple[int, ...]  # within the file
     transposed: bool  # stored [..., inputs, outputs]
     interleaved: bool  # stored gate, up, gate, up ...
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Consecutive rows [n, K] of a matrix as the file has them."""
+
+    tensor: Tensor
+    first: int  # which row of the matrix the first one is
+    stored: Array  # a view of the mapping
+
+    def read(self, out_NK: Array, first: int) -> None:
+        """Write what is of rows `first` to `first + N`, in fp32; their pages are let go."""
+        start, stop = (
+            max(first, self.first),
+            min(first + len(out_NK), self.first + len(self.stored)),
+        )
+        if start < stop:
+            rows = self.stored[start - self.first : stop - self.first]
+            _convert(out_NK[start - first : stop - first], rows)
+            self.tensor.let_go(rows)
 
 
 def load(
@@ -123,13 +149,13 @@ def load(
     naming the file or the tensor, and then nothing was converted yet.
     """
     tensors = open_checkpoint(directory)
-    pieces = _match(directory, program, architecture, tensors=tensors)
+    pieces = match(directory, program, architecture, tensors=tensors)
     total = sum(tensors[p.tensor].num_bytes for parts in pieces.values() for p in parts)
     weights: dict[str, Any] = {}
     done = 0
     progress(done, total)
     for value, parts in pieces.items():
-        weights[value.name] = place(value, _joined(value, parts, tensors))
+        weights[value.name] = place(value, joined(value, parts, tensors))
         done += sum(tensors[piece.tensor].num_bytes for piece in parts)
         progress(done, total)
     return weights
@@ -138,7 +164,7 @@ def load(
 def check(directory: Path, program: Program, architecture: str) -> None:
     """Raise the ArtifactError that `load` would, without reading numbers (but those of a head that
     is tied and stored)."""
-    _match(directory, program, architecture, tensors=open_checkpoint(directory))
+    match(directory, program, architecture, tensors=open_checkpoint(directory))
 
 
 def open_checkpoint(directory: Path) -> dict[str, Tensor]:
@@ -266,7 +292,7 @@ def _no_weights(directory: Path) -> ArtifactError:
     return ArtifactError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
 
 
-def _match(
+def match(
     directory: Path, program: Program, architecture: str, *, tensors: Mapping[str, Tensor]
 ) -> dict[Value, list[Piece]]:
     """What each weight is read from; raises ArtifactError for missing, misshapen and unexpected
@@ -327,10 +353,10 @@ def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ArtifactError(
             f"{tensor.file}: tensor {tensor.name} must be {list(shape)}, got {list(tensor.shape)}"
         )
-    if tensor.dtype not in READABLE:
+    if tensor.dtype not in FORMATS:
         raise ArtifactError(
             f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}; "
-            f"what can be read is {', '.join(READABLE)}"
+            f"what can be read is {', '.join(FORMATS)}"
         )
 
 
@@ -365,24 +391,35 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> Array:
+def strips_of(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> list[Strip]:
+    """What a matrix is read from, but for what `plus` adds."""
+    strips = []
+    for piece in pieces:
+        tensor = tensors[piece.tensor]
+        stored = tensor.raw().view(FORMATS[tensor.dtype]).reshape(tensor.shape)
+        [rows] = piece.place or (slice(0, len(stored)),)
+        assert isinstance(rows, slice) and not piece.transposed | piece.interleaved
+        strips.append(Strip(tensor, rows.start, stored))
+    return strips
+
+
+def joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> Array:
     """One weight in fp32. It stays in the file where nothing has to be done to it."""
     tensor = tensors[pieces[0].tensor]
     is_as_stored = tensor.dtype == "F32" and tensor.start % 4 == 0 and not value.plus
     if len(pieces) == 1 and is_as_stored and not pieces[0].transposed | pieces[0].interleaved:
         return tensor.raw().view(np.float32).reshape(value.shape)
-    joined = np.empty(sized(value.shape, {}), np.float32)
+    out = np.empty(sized(value.shape, {}), np.float32)
     for piece in pieces:
-        _read_into(joined[piece.place], piece, tensors[piece.tensor])
+        _read_into(out[piece.place], piece, tensors[piece.tensor])
     if value.plus:
-        joined += np.float32(value.plus)
-    return joined
+        out += np.float32(value.plus)
+    return out
 
 
 def _read_into(out: Array, piece: Piece, tensor: Tensor) -> None:
-    dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[tensor.dtype]
     for rows, raw in tensor.slabs():
-        stored = raw.view(dtype).reshape(len(raw), *tensor.shape[1:])
+        stored = raw.view(FORMATS[tensor.dtype]).reshape(len(raw), *tensor.shape[1:])
         if piece.transposed:
             stored = np.swapaxes(stored, -1, -2)
         if not piece.interleaved:

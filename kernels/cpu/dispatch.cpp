@@ -1,8 +1,9 @@
-// The C ABI: contexts, and one function per op. No exceptions, no printing. The caller has checked the shapes.
+// The C ABI: contexts, one function per op, and programs of ops. No exceptions, no printing. The caller has checked the shapes.
 #include <cstring>
 #include <new>
 
 #include "ops.h"
+#include "program.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -116,6 +117,7 @@ struct Context {
   Context(const cpu::Kernels& chosen, int32_t threads) : kernels(chosen), pool(threads) {}
   const cpu::Kernels& kernels;
   cpu::Pool pool;
+  std::atomic<int64_t> finished{0};  // ops
 };
 
 }  // namespace
@@ -148,11 +150,40 @@ EXPORT void vivace_pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scal
   cpu::pack_int4(out, q, scales, N, K, group);
 }
 
+// How many ops have finished. Any thread may ask, while another is in an op.
+EXPORT int64_t vivace_context_progress(void* context) {
+  return static_cast<Context*>(context)->finished.load(std::memory_order_relaxed);
+}
+
+EXPORT void* vivace_program_create(const cpu::Recording* recording) {
+  return cpu::Program::make(*recording).release();
+}
+
+EXPORT void vivace_program_destroy(void* program) { delete static_cast<cpu::Program*>(program); }
+
+EXPORT void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more,
+                               int64_t num_more) {
+  Context& c = *static_cast<Context*>(context);
+  c.pool.begin();
+  static_cast<cpu::Program*>(program)->run(context, sizes, more, num_more);
+  c.pool.end();
+}
+
+EXPORT int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count) {
+  return cpu::round_int8(out, w, N, K, first, count);
+}
+
+EXPORT int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first,
+                                 int64_t count) {
+  return cpu::round_int4(out, w, N, K, group, first, count);
+}
+
 #define OP(op, Args)                                                                  \
   EXPORT int64_t vivace_##op##_size() { return int64_t(sizeof(cpu::Args)); }          \
-  EXPORT void vivace_##op(void* context, const cpu::Args* args) {                     \
+  EXPORT void vivace_##op(void* context, const void* args) {                          \
     Context& c = *static_cast<Context*>(context);                                     \
-    c.kernels.op(c.pool, *args);                                                      \
+    c.kernels.op(c.pool, *static_cast<const cpu::Args*>(args));                       \
+    c.finished.fetch_add(1, std::memory_order_relaxed);                               \
   }
 
 OP(linear, LinearArgs)

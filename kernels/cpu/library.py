@@ -2,7 +2,8 @@
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,27 @@ def is_bf16(array: Array) -> bool:
     return array.dtype == np.uint16
 
 
+def kv_type(cache: Array) -> int:
+    """The library's number of a cache's element type: `cpu::KvType` of kernels/cpu/kv.h."""
+    return ("float32", "uint16", "int8").index(cache.dtype.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A call of an op that was noted down instead of run."""
+
+    name: str
+    address: int  # of the library's function
+    args: ctypes.Structure
+
+
+class _Call(ctypes.Structure):
+    """`cpu::Call` of kernels/cpu/program.h."""
+
+    _pack_ = 1
+    _fields_ = (("op", ctypes.c_void_p), ("args", ctypes.c_void_p))
+
+
 class Library:
     """One context of the library: an instruction set and a thread pool of its own, freed with this object."""
 
@@ -59,6 +81,14 @@ class Library:
         if self._context is None:
             raise MemoryError(f"no context with {threads} threads")
         weakref.finalize(self, destroy, self._context)
+        self._progress = self._library.vivace_context_progress
+        self._progress.restype, self._progress.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
+        self._recorded: list[Recorded] | None = None  # while ops are noted down instead of run
+
+    def progress(self) -> int:
+        """How many ops have finished. Any thread may ask."""
+        count: int = self._progress(self._context)
+        return count
 
     def op(self, name: str, args: type[ctypes.Structure]) -> Callable[[ctypes.Structure], None]:
         """The function of an op. Raises ImportError if the library's struct is another than `args`.
@@ -75,9 +105,14 @@ class Library:
         function = getattr(self._library, f"vivace_{name}")
         function.restype, function.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p)
         byref = ctypes.byref
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None
 
         def call(arguments: ctypes.Structure) -> None:
-            function(self._context, byref(arguments))
+            if self._recorded is None:
+                function(self._context, byref(arguments))
+            else:
+                self._recorded.append(Recorded(name, address, arguments))
 
         return call
 
@@ -100,6 +135,53 @@ class Library:
         else:
             sizes = map(ctypes.c_int64, (N, K, weight.group))
             self._library.vivace_pack_int4(*pointers, *sizes)
+
+    def record(self, call_ops: Callable[[], None]) -> list[Recorded]:
+        """The ops that this calls, which are not run. Their arguments point to what their buffers are now."""
+        found: list[Recorded] = []
+        self._recorded = found
+        try:
+            call_ops()
+        finally:
+            self._recorded = None
+        return found
+
+    def run_program(self, program: int, sizes: Array, more: Sequence[Recorded]) -> None:
+        """Run a program of `make_program`, then these calls, with the GIL released."""
+        calls = (_Call(call.address, ctypes.addressof(call.args)) for call in more)
+        array = (_Call * len(more))(*calls)
+        self._library.vivace_program_run(
+            *map(ctypes.c_void_p, (self._context, program, pointer(sizes))),
+            array,
+            ctypes.c_int64(len(more)),
+        )
+
+    def make_program(self, recording: ctypes.Structure, owner: object) -> int:
+        """A program of the library (`cpu::Recording` of kernels/cpu/program.h), freed with its owner."""
+        create = self._library.vivace_program_create
+        create.restype = ctypes.c_void_p
+        program: int | None = create(ctypes.byref(recording))
+        if program is None:
+            raise MemoryError("no memory for a program")
+        destroy = self._library.vivace_program_destroy
+        destroy.restype, destroy.argtypes = None, (ctypes.c_void_p,)
+        weakref.finalize(owner, destroy, program)
+        return program
+
+    def round(
+        self, out: Array, rows: Array, N: int, K: int, group: int | None, *, first: int
+    ) -> bool:
+        """Round rows of a matrix [N, K], fp32, to their places from `first` on; `out` was zero. False: one is not finite.
+
+        Threads may call it for rows of different tiles of 32.
+        """
+        pointers = [ctypes.c_void_p(pointer(array)) for array in (out, rows)]
+        sizes = (N, K, first, len(rows)) if group is None else (N, K, group, first, len(rows))
+        function = (
+            self._library.vivace_round_int8 if group is None else self._library.vivace_round_int4
+        )
+        is_finite: int = function(*pointers, *map(ctypes.c_int64, sizes))
+        return bool(is_finite)
 
     def isas(self) -> dict[str, int]:
         """The instruction sets that the library has and this CPU too, by name, the best last."""

@@ -14,10 +14,13 @@
 
 namespace {
 
-// The bytes first .. first + count - 1 of a row as a word of 4, from byte j; 0 beyond.
+// Four bytes of a row, of which `left` are left: none, if that is negative.
 inline uint32_t word_of(const uint8_t* q, int64_t left) {
   uint32_t four = 0;
-  if (left > 0) std::memcpy(&four, q, size_t(left < 4 ? left : 4));
+  if (left >= 4)
+    std::memcpy(&four, q, 4);
+  else if (left > 0)
+    std::memcpy(&four, q, size_t(left));
   return four;
 }
 

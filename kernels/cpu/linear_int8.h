@@ -11,9 +11,13 @@
 
 namespace {
 
+// Four bytes of a row, of which `count` are left.
 inline uint32_t word(const uint8_t* q, int64_t count) {
   uint32_t four = 0;
-  std::memcpy(&four, q, size_t(count < 4 ? count : 4));
+  if (count >= 4)
+    std::memcpy(&four, q, 4);
+  else
+    std::memcpy(&four, q, size_t(count));
   return four;
 }
 
@@ -43,7 +47,10 @@ struct LinearInt8 {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t t = 0;
       for (int64_t left; (left = a.T - t) > 0;) {
-        if (left >= Sums::kMostRows && left != 16) {
+        if (Sums::kHas16 && left == 16) {
+          step<16>(a, m, tile, t);
+          t += 16;
+        } else if (left >= Sums::kMostRows) {
           step<Sums::kMostRows>(a, m, tile, t);
           t += Sums::kMostRows;
         } else if (Sums::kMostRows > 8 && left >= 8) {

@@ -7,6 +7,7 @@ namespace {
 
 struct Sums {
   static constexpr int kMostRows = 2;
+  static constexpr bool kHas16 = false;
 
   // Eight outputs a vector of weights: 32 bytes, of which each half gives 4 outputs, their sum in two lanes.
   template <int R>

@@ -1,5 +1,5 @@
-// fp32 rows to u8, kLanes (which the including file defines) at a time. The same bytes however many these are: lo and hi do not depend on the order, and every other step
-// is one rounding of one element. Bound by reading x.
+// fp32 rows to u8, kLanes (which the including file defines) at a time. The same bytes however many these are: lo and hi do not
+// depend on the order, and every other step is one rounding of one element. Bound by reading x.
 #pragma once
 #include <cstring>
 
@@ -14,8 +14,11 @@ struct Quantizer {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
   static Vector load(const float* x, int64_t count) {
-    Vector v = {};
-    std::memcpy(&v, x, size_t(count < W ? count : W) * 4);  // zeros behind the end change neither lo nor hi
+    Vector v = {};  // zeros behind the end change neither lo nor hi
+    if (count >= W)
+      std::memcpy(&v, x, sizeof v);
+    else
+      std::memcpy(&v, x, size_t(count) * 4);
     return v;
   }
 
@@ -50,7 +53,10 @@ struct Quantizer {
       whole = whole < 0 ? Ints{} : whole;
       whole = whole > 255 ? Ints{} + 255 : whole;
       const Bytes bytes = __builtin_convertvector(whole, Bytes);
-      std::memcpy(q + k, &bytes, size_t(K - k < W ? K - k : W));
+      if (K - k >= W)
+        std::memcpy(q + k, &bytes, sizeof bytes);
+      else
+        std::memcpy(q + k, &bytes, size_t(K - k));
     }
     params[0] = is_bad ? __builtin_nanf("") : scale;  // no number may come of what is none
     params[1] = zero;

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.kernels.buffer import DType
+from vivace.kernels.buffer import SCALE_BYTES, DType
 from vivace.kernels.cpu.library import Library
 from vivace.kernels.quantized import Quantized
 
@@ -70,6 +70,16 @@ class CpuMemory:
         self._library.pack(data, weight)
         return PackedMatrix(data, weight.shape, weight.group)
 
+    def packed(self, data: Array, shape: tuple[int, int], group: int | None) -> PackedMatrix:
+        """The packed matrix that lies in these bytes."""
+        return PackedMatrix(data, shape, group)
+
+    def round(
+        self, out: Array, rows: Array, shape: tuple[int, int], group: int | None, *, first: int
+    ) -> bool:
+        """Write some rows of a packed matrix, fp32, to its bytes; see `Library.round`."""
+        return self._library.round(out, rows, *shape, group, first=first)
+
     def read(self, buffer: Array) -> Array:
         """The array itself."""
         return buffer
@@ -77,10 +87,12 @@ class CpuMemory:
     def kv_cache(
         self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
     ) -> Array:
-        """[N, 2, G, S, D], zeroed, but K of a block is [D, S] in memory; that is taken when a block is first written."""
-        shape = (num_blocks, 2, num_kv_heads, block_tokens, head_dim)
-        raw = huge(prod(shape) * np.dtype(DTYPES[dtype]).itemsize)
-        return raw.view(DTYPES[dtype]).reshape(shape)
+        """[N, 2, G, S, D], zeroed; in memory it is as kernels/cpu/kv.h says, that is taken when a block is first written."""
+        width = head_dim + SCALE_BYTES if dtype is DType.INT8 else head_dim
+        shape = (num_blocks, 2, num_kv_heads, block_tokens, width)
+        kind = np.int8 if dtype is DType.INT8 else DTYPES[dtype]
+        raw = huge(prod(shape) * np.dtype(kind).itemsize)
+        return raw.view(kind).reshape(shape)
 
 
 def huge(num_bytes: int) -> Array:

@@ -109,7 +109,7 @@ def test_config_prints_the_tree_and_what_the_machine_makes_of_each_model(
     assert tomllib.loads(text)["models"] == {"a": str(model), "b": str(model)}
     assert text.count("#   plan: 3 threads, context 64 tokens") == 2
     assert text.count("#   KV cache 128 MiB: ") == 2
-    assert text.count("#   weights in fp32 0 MiB, working memory ") == 2
+    assert text.count("#   weights fp32 0.5 MiB; working memory ") == 2
     (tmp_path / "printed.toml").write_text(text)
     assert main("config", ["--config", str(tmp_path / "printed.toml")]) == 0
     assert capsys.readouterr().out == text

@@ -13,9 +13,11 @@ from vivace.engine.config import (
     SchedulerConfig,
     ServeConfig,
     ServerConfig,
+    WeightsConfig,
 )
 from vivace.engine.config_file import FLAGS, add_flags, from_tables, from_words, to_toml
 from vivace.engine.errors import ConfigError
+from vivace.engine.models.quantize import Quantize
 from vivace.kernels.backend import Backend
 
 FILE = """
@@ -85,6 +87,9 @@ def test_the_later_word_wins_file_then_set_then_flag(read):
         ("cache.prefix_sharing=false", "cache.prefix_sharing", False),
         ("cache.verify_hits=true", "cache.verify_hits", True),
         ("cache.memory_bytes=512MiB", "cache.memory_bytes", 512 << 20),
+        ("weights.quantize=int4", "weights.quantize", Quantize.INT4),
+        ("weights.group=64", "weights.group", 64),
+        ("weights.cache_dir=x y", "weights.cache_dir", Path("x y")),
         ("cache.memory_bytes=1_000", "cache.memory_bytes", 1000),
         ("server.drain_s=0.5", "server.drain_s", 0.5),
         ("server.host=::1", "server.host", "::1"),
@@ -102,7 +107,8 @@ def test_a_value_is_toml_and_a_bare_word_a_text(read, word, path, want):
 @pytest.mark.parametrize(("flag", "path"), FLAGS.items())
 def test_every_flag_is_a_setting(read, flag, path):
     one = dict(settings())[path]
-    value = {"host": "::1", "backend": "reference"}.get(flag, "11")
+    texts = {"host": "::1", "backend": "reference", "quantize": "int8", "cache-dir": "a/b"}
+    value = texts.get(flag, "11")
     words = (f"--{flag}",) if one.type is bool else (f"--{flag}", value)
     value = "true" if one.type is bool else value
     assert read(*words) == read("--set", f"{path}={value}") != ServeConfig()
@@ -124,6 +130,10 @@ def test_every_flag_is_a_setting(read, flag, path):
         ("cache.memory_bytes=0MiB", r"cache\.memory_bytes .* at least 1, got 0"),
         ("max_context_tokens=1", r"max_context_tokens .* at least 2, got 1"),
         ("cpu.isa=3", r"cpu\.isa must be a text, got 3"),
+        ("weights.cache_dir=3", r"weights\.cache_dir must be the path of a folder, got 3"),
+        ('weights.cache_dir=""', r"weights\.cache_dir must be the path of a folder, got ''"),
+        ("weights.quantize=int5", r"weights\.quantize must be 'none' or 'int8' or 'int4', got 'int5'"),
+        ("weights.group=16", r"weights\.group must be 32, 64 or 128, got 16"),
         ("backend=gpu", r"backend must be 'reference' or 'cpu', got 'gpu'"),
         ("device=cuda", r"device must be 'cpu' with backend 'cpu', got 'cuda'"),
         ("server.port=65536", r"server\.port .* in 0\.\.65535, got 65536"),
@@ -147,6 +157,8 @@ def test_a_wrong_word_is_refused_with_name_value_and_what_is_allowed(read, words
 def test_a_cpu_setting_is_refused_with_another_backend(read):
     with pytest.raises(ConfigError, match=r"cpu\.threads and cpu\.isa are of backend 'cpu'"):
         read("--backend", "reference", "--threads", "2")
+    with pytest.raises(ConfigError, match=r"weights\.cache_dir is of backend 'cpu', got a with"):
+        read("--backend", "reference", "--cache-dir", "a")
     with pytest.raises(ConfigError, match="got ''"):
         ServeConfig(models={"": Path("x")})
     with pytest.raises(ConfigError, match=r"models\.a must be the path"):
@@ -202,13 +214,15 @@ OTHERS = ServeConfig(
         max_metadata_bytes=2000,
         max_concurrent_streams=7,
     ),
+    weights=WeightsConfig(quantize=Quantize.INT4, group=32),
     models={"a": Path("x"), 'b "ü".c': Path("y z")},
 )
-
-
-@pytest.mark.parametrize(
-    "tree", [ServeConfig(), OTHERS, ServeConfig(cpu=CpuConfig(threads=3, isa="x"))]
+OF_THE_CPU = ServeConfig(
+    cpu=CpuConfig(threads=3, isa="x"), weights=WeightsConfig(cache_dir=Path("a b"))
 )
+
+
+@pytest.mark.parametrize("tree", [ServeConfig(), OTHERS, OF_THE_CPU])
 def test_what_is_printed_is_read_back_as_the_same_tree(tree):
     text = to_toml(tree, {"a": ["plan: some"]})
     assert from_tables(tomllib.loads(text)) == tree
@@ -231,7 +245,8 @@ def test_every_setting_is_printed_with_its_meaning_and_its_flag():
 def test_the_tests_above_change_every_setting():
     """Else a setting that is not written, or not read, would go unnoticed."""
     for path, one in settings():
-        value = OTHERS
+        is_of_the_cpu = path.startswith("cpu.") or path == "weights.cache_dir"
+        value = OF_THE_CPU if is_of_the_cpu else OTHERS
         for part in path.split("."):
             value = getattr(value, part)
-        assert value != one.default or path.startswith("cpu."), path
+        assert value != one.default, path

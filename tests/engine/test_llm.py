@@ -187,9 +187,9 @@ def test_what_cannot_work_is_refused_before_anything_runs(llm, prompt, params, e
     assert llm.core.loads() == before
 
 
-def test_quantize_is_refused(tiny_qwen3):
-    with pytest.raises(ConfigError, match=r"quantize.*int8"):
-        LLM(tiny_qwen3, quantize="int8")
+def test_a_way_to_quantize_that_is_none_is_refused(tiny_qwen3):
+    with pytest.raises(ConfigError, match="quantize must be one of none, int8, int4, got 'int5'"):
+        LLM(tiny_qwen3, quantize="int5")
 
 
 def test_both_backends_agree(llm):

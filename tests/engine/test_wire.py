@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vivace.engine import wire
-from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
+from vivace.engine.config import (
+    CacheConfig,
+    Config,
+    CpuConfig,
+    SchedulerConfig,
+    WeightsConfig,
+)
 from vivace.engine.events import (
     EngineInfo,
     EngineRequest,
@@ -21,6 +27,7 @@ from vivace.engine.events import (
     TokenLogprobs,
     Usage,
 )
+from vivace.engine.models.quantize import Quantize
 from vivace.kernels.backend import Backend
 
 COUNT = st.integers(0, 2**63 - 1)
@@ -94,11 +101,17 @@ CONFIG = st.builds(
     cpu=st.builds(
         CpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
     ),
+    weights=st.builds(
+        WeightsConfig,
+        quantize=st.sampled_from(Quantize),
+        group=st.sampled_from((32, 64, 128)),
+        cache_dir=st.none() | st.just(Path("a b")),
+    ),
 )
 INFO = st.builds(
     EngineInfo,
     **dict.fromkeys((field.name for field in fields(EngineInfo)), COUNT)
-    | dict.fromkeys(("architecture", "dtype", "backend", "kv_dtype"), TEXT)
+    | dict.fromkeys(("architecture", "dtype", "weights", "backend", "kv_dtype"), TEXT)
     | {"eos_token_ids": st.lists(TOKEN, max_size=3).map(tuple), "load_s": SECONDS},
 )
 PIECE = st.lists(st.none() | LOGPROBS, max_size=3).map(tuple)
