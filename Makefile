@@ -8,7 +8,7 @@ SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) CMakeLists.txt setup.py
 # One thread each for what brings its own pools. PYTHONSAFEPATH: ./kernels must not pass for a package of that name.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: base setup demo check test fuzz soak serve gpu-check proto clean
+.PHONY: base setup demo check test sanitize fuzz soak serve gpu-check proto clean
 
 base: $(VENV)/base.stamp
 setup: $(VENV)/setup.stamp
@@ -34,7 +34,10 @@ check: setup
 	$(TEST_ENV) $(BIN)/python tests/stages.py lint types fast
 
 test: setup
-	$(TEST_ENV) $(BIN)/python tests/stages.py lint types all package
+	$(TEST_ENV) $(BIN)/python tests/stages.py lint types all sanitize package
+
+sanitize: setup
+	$(BIN)/python tests/stages.py sanitize
 
 fuzz: setup
 	$(TEST_ENV) $(BIN)/python tests/serving/fuzz.py

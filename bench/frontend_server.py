@@ -90,10 +90,12 @@ class InstantEngine:
 class Echo(pb_grpc.InferenceServicer):
     """Answers with the service's messages, made beforehand, and does nothing else."""
 
-    def __init__(self, pieces: list[TextEvent], last: TextEvent) -> None:
+    def __init__(
+        self, pieces: list[TextEvent], last: TextEvent, whole: pb.GenerateUnaryResponse
+    ) -> None:
         self._messages = [convert.response(one) for one in pieces]
         self._last = convert.response(last)
-        self._whole = convert.unary_response(REQUEST_ID, [last])
+        self._whole = whole
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -121,7 +123,8 @@ async def _serve(kind: str, model: Path) -> None:
         if kind == "echo":
             server = grpc.aio.server()
             *pieces, last = await _events(engine, tokenizer, len(reply) + 1)
-            servicer: pb_grpc.InferenceServicer = Echo(pieces, last)
+            whole = await convert.unary_response(REQUEST_ID, [last])
+            servicer: pb_grpc.InferenceServicer = Echo(pieces, last, whole)
         else:
             server = grpc_server(ServerConfig())
             defaults = read_generation_defaults(model)

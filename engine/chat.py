@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 from vivace.engine import chat_worker, conversation
 from vivace.engine.control_tokens import ControlTokens, Marks, choose_marks
 from vivace.engine.conversation import Conversation
-from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
-from vivace.engine.tokenizer import Tokenizer
+from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest, Overloaded
+from vivace.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 T = TypeVar("T")
 # -P: a file of the working folder must not pass for a module of the engine's.
 COMMAND = (sys.executable, "-P", "-m", "vivace.engine.chat_worker")
-LONG_TEXT_CHARS = 4096  # longer ones are tokenized beside the loop, which has others to serve
 MESSAGE_CHARS = 64  # what a message costs beside its text
+MAX_WAITING = 1024  # renderings of one model
 ANSWER_LIMIT_S = 10.0  # of the wall clock: the worker's own limits count its own time, and a stopped process has none
 
 
@@ -90,18 +90,32 @@ class Worker:
         self._order = chat_worker.pack({"source": source, "variables": dict(variables)})
         self._link: Link | None = None
         self._turn = asyncio.Lock()
+        self._num_waiting = 0
         self._exchanges: set[asyncio.Task[str]] = set()
 
     async def start(self) -> None:
         """Raises ArtifactError or FailedPrecondition for a template that cannot be compiled."""
-        await self._exchange(None)
+        await self._in_turn(None)
 
     async def render(self, frame: bytes) -> str:
-        """What the template writes. Raises InvalidRequest with its complaint, FailedPrecondition if it passes a limit."""
+        """What the template writes. Raises InvalidRequest with its complaint, FailedPrecondition if it passes a limit,
+        Overloaded if too many wait.
+        """
+        if self._num_waiting >= MAX_WAITING:
+            raise Overloaded(f"{self._num_waiting} conversations are waiting for the chat template")
+        return await self._in_turn(frame)
+
+    async def _in_turn(self, frame: bytes | None) -> str:
+        self._num_waiting += 1
+        try:
+            await self._turn.acquire()  # a caller that leaves while it waits is not rendered
+        finally:
+            self._num_waiting -= 1
         exchange = asyncio.create_task(self._exchange(frame))
         self._exchanges.add(exchange)
         exchange.add_done_callback(self._exchanges.discard)
-        # A caller that leaves must not leave its answer to the next one.
+        exchange.add_done_callback(lambda _: self._turn.release())
+        # One that leaves now must not leave its answer to the next.
         await asyncio.wait((exchange,))
         return exchange.result()
 
@@ -114,16 +128,14 @@ class Worker:
 
     async def _exchange(self, frame: bytes | None) -> str:
         """None: nothing but the start."""
-        async with self._turn:
-            try:
-                return await self._try(frame)
-            except (
-                ConnectionError
-            ):  # whoever ended the process, it was not one of its limits: once more
-                try:
-                    return await self._try(frame)
-                except ConnectionError as error:
-                    raise FailedPrecondition(str(error)) from error
+        try:
+            return await self._try(frame)
+        except ConnectionError:  # whoever ended the process, it was not one of its limits
+            pass
+        try:
+            return await self._try(frame)
+        except ConnectionError as error:
+            raise FailedPrecondition(str(error)) from error
 
     async def _try(self, frame: bytes | None) -> str:
         link = await self._started()

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import tokenizers
 
 from vivace.engine.errors import InvalidRequest
+from vivace.engine.tokenizer import LONG_TEXT_CHARS
 
 OPERATOR_ROLES = ("system", "developer")
 MARKS = range(0xE000, 0xF900)  # for private use: texts hold them rarely, and none holds all
@@ -152,14 +153,21 @@ class ControlTokens:
     def _encode_piece(self, text: str, *, is_first: bool) -> "_Piece":
         """What stands behind a cut is encoded as going on from something: some tokenizers put a space before a text."""
         for guard in () if is_first else GUARDS:
-            encoding = self._tokenizer.encode(guard + text, add_special_tokens=False)
+            encoding = self._encode(guard + text)
             offsets = encoding.offsets
             count = sum(last <= len(guard) for _, last in offsets)
             if all(first >= len(guard) for first, _ in offsets[count:]):
                 moved = [(first - len(guard), last - len(guard)) for first, last in offsets[count:]]
                 return _Piece(encoding.ids[count:], moved)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         return _Piece(encoding.ids, encoding.offsets)
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        if len(text) < LONG_TEXT_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        # A batch alone releases the GIL meanwhile.
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return encoding
 
 
 @dataclass(frozen=True, slots=True)

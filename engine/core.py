@@ -297,8 +297,13 @@ def _record_prompt_logprobs(batch: Batch, logprobs: RowLogprobs) -> None:
         row += rows.count
 
 
-def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
+def load(
+    config: Config,
+    progress: Callable[[int, int], None],
+    adapt: Callable[[backend.Ops], backend.Ops] = lambda ops: ops,
+) -> EngineCore:
     """Read a checkpoint and make it ready to step. `progress` gets bytes read and bytes in all.
+    `adapt` changes the ops before anything is bound to them; a benchmark does.
 
     Raises ConfigError or ArtifactError, both before anything large is allocated where that can be known.
     """
@@ -313,6 +318,7 @@ def load(config: Config, progress: Callable[[int, int], None]) -> EngineCore:
             raise ConfigError(f"cpu.{error}") from error
     else:
         ops = backend.load(config.backend, device=config.device)
+    ops = adapt(ops)
     loading = packing.Work(plan.threads, config.weights.cache_dir, progress)
     arrays, origin = _load_weights(config, program, spec.architecture, ops.memory, work=loading)
     runner = Runner(

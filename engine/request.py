@@ -29,6 +29,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)  # cache blocks, in token order
     num_released: int = 0  # of those, leading ones that it does not hold: no window reaches them
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, so far
+    awaited: bytes | None = None  # digest of the last block that it waits for another to compute
     slot: int = -1  # row in the tables of `batch.py`, while running
     num_tabled: int = 0  # blocks that those tables know already
     milestone: int = 0  # computed tokens; until then a sampled token is recorded and no more

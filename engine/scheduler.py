@@ -34,6 +34,8 @@ from vivace.engine.request import Request
 
 # Rows of logits that a step spends on prompts: they cost vocabulary x 8 bytes each.
 MAX_PROMPT_LOGPROB_ROWS = 64
+# Blocks of those found to wait for a prefix, after which a step looks at nobody else: some 10 ms of hashing.
+MAX_LOOKED_UP_BLOCKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,12 @@ class Scheduler:
         insort(self._waiting, request, key=_place)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if (
+            len(self._deadlines) > 2 * len(self._requests) + 64
+        ):  # most are of requests that are gone
+            live = self._requests.values()
+            self._deadlines = [(one.deadline, one.id) for one in live if one.deadline is not None]
+            heapq.heapify(self._deadlines)
 
     def end(self, request_id: str) -> Request | None:
         """Drop a request, wherever it is, and free its blocks at once. None if there is no such request."""
@@ -257,12 +265,19 @@ class Scheduler:
     def _start_waiting(
         self, now: float, chunks: list[Chunk], budget: int, logprob_rows: int
     ) -> None:
-        i = 0
+        i = num_looked_up = 0
         while budget and i < len(self._waiting) and self._slots:
             request = self._waiting[i]
-            found = self._find_prefix(request)
-            if self._must_wait(request, len(found)):
+            if self._is_awaited(request.awaited):
                 i += 1  # others may start before it
+                continue
+            if num_looked_up >= MAX_LOOKED_UP_BLOCKS:
+                break  # the next step passes by those that this one looked at
+            found = self._find_prefix(request)
+            request.awaited = self._last_to_come(request, len(found))
+            if request.awaited is not None:
+                num_looked_up += len(request.digests)
+                i += 1
                 continue
             if not self._start(request, found, now):
                 break  # running work is never preempted to start new work, nor is the first in line overtaken
@@ -303,10 +318,17 @@ class Scheduler:
                 found[i] = block
         return found[:num_found]
 
-    def _must_wait(self, request: Request, num_found: int) -> bool:
-        if num_found >= request.num_skippable // self._block_tokens:
-            return False
-        return self._prefix_sharing and request.digests[num_found] in self._computing
+    def _last_to_come(self, request: Request, num_found: int) -> bytes | None:
+        """The last of the blocks, from its next one on, that running requests are about to compute for it."""
+        last = None
+        for digest in request.digests[num_found : request.num_skippable // self._block_tokens]:
+            if digest not in self._computing:
+                break
+            last = digest
+        return last
+
+    def _is_awaited(self, digest: bytes | None) -> bool:
+        return digest in self._computing and self._prefix.find(digest) is None
 
     def _start(self, request: Request, found: list[int], now: float) -> bool:
         """Give a waiting request its blocks and a slot. False, with nothing changed, if there are not enough."""

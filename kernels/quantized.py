@@ -56,8 +56,8 @@ def packed_bytes(N: int, K: int, group: int | None) -> int:
 
 def quantize_int8(w_NK: Array) -> Quantized:
     """Symmetric, a scale for each output: the largest magnitude becomes 127."""
-    most = np.abs(w_NK).max(axis=1, initial=0)
-    scales = np.where(most > 0, most / np.float32(INT8_MOST), 1).astype(np.float32)
+    scales = np.abs(w_NK).max(axis=1, initial=0) / np.float32(INT8_MOST)
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)  # tiny ones come to 0 as well
     q = np.rint(w_NK / scales[:, None])
     return Quantized(np.clip(q, -INT8_MOST, INT8_MOST).astype(np.int8), scales)
 

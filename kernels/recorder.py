@@ -14,6 +14,12 @@ class Replay(Protocol):
         """
         ...
 
+    def profile(
+        self, sizes: Sequence[int], then: Callable[[], None] | None = None
+    ) -> list[tuple[str, float]]:
+        """As `run`; the ops in order, each with the seconds that it took."""
+        ...
+
 
 class Recorder(Protocol):
     """Turns calls of ops into a replay."""

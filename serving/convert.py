@@ -1,5 +1,6 @@
 """Protobuf to the engine's words and back. Refuses what is not served, by name; checks no values."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,14 +140,15 @@ def response(event: TextEvent) -> pb.GenerateResponse:
     return message
 
 
-def unary_response(request_id: str, events: Sequence[TextEvent]) -> pb.GenerateUnaryResponse:
-    """All events of a request in one message."""
+async def unary_response(request_id: str, events: Sequence[TextEvent]) -> pb.GenerateUnaryResponse:
+    """All events of a request in one message. Others have their turn between two replies, which may have 38,000 logprobs."""
     message = pb.GenerateUnaryResponse(request_id=request_id)
     of_reply: dict[int, list[TextEvent]] = {}
     for event in events:
         of_reply.setdefault(event.index, []).append(event)
         message.prompt_logprobs.extend(map(_place, event.prompt_logprobs))
     for index, parts in sorted(of_reply.items()):
+        await asyncio.sleep(0)
         message.replies.add(
             index=index,
             text="".join(event.text for event in parts),

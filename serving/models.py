@@ -9,12 +9,10 @@ from vivace.engine.errors import InvalidRequest
 from vivace.engine.events import EngineInfo
 from vivace.engine.runtimes import Engine
 from vivace.engine.sampling import GenerationDefaults, ModelLimits
-from vivace.engine.tokenizer import Tokenizer
+from vivace.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from vivace.serving import convert
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.status import NotFound, NotReady
-
-LONG_TEXT_CHARS = 4096  # longer ones are tokenized beside the loop, which has others to serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,7 @@ class ServedModel:
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         if len(text) < LONG_TEXT_CHARS:
+            await asyncio.sleep(0)  # of many in one call, others have their turn between two
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens

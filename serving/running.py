@@ -28,6 +28,7 @@ class Running:
     deadline: float | None  # of `time.monotonic()`
     entry: LogEntry
     writing_since: float | None = None  # the client has not taken a message since then
+    has_begun: bool = False  # its stream's initial metadata is out
     end: EngineError | None = None  # why the server ended it from outside
 
     async def write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
@@ -35,6 +36,11 @@ class Running:
         self.writing_since = time.monotonic()
         # All that are ready make their messages first: those that are sent one right after the other wake gRPC's thread once.
         await asyncio.sleep(0)
+        if not self.has_begun:
+            # By themselves: gRPC would send them with the first message, and once more with the status of a stream that is
+            # cut during that message, which then never gets there.
+            self.has_begun = True
+            await context.send_initial_metadata(())
         await context.write(message)
         self.writing_since = None
 

@@ -263,7 +263,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:
         async with aclosing(self._events(request, running)) as events:
-            return convert.unary_response(running.id, [event async for event in events])
+            found = [event async for event in events]
+        return await convert.unary_response(running.id, found)
 
     async def _outcome(
         self, index: int, item: pb.BatchItem, batch: Running

@@ -18,6 +18,8 @@ PARTS = {  # stage of `test` -> what pytest runs in it
     "rest": ["tests", *(f"--ignore=tests/{name}" for name in ("engine", "serving", "kernels"))],
 }
 
+SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}  # folder of build/ -> gcc's names
+
 
 def run(*words: str) -> None:
     """Run a command of the environment in the root. Raises CalledProcessError."""
@@ -45,6 +47,23 @@ def fast() -> None:
 def part(name: str) -> Callable[[], None]:
     """All tests of one part of the tree."""
     return lambda: run("pytest", "-q", "-n", "2", *PARTS[name])
+
+
+def sanitize() -> None:
+    """The C++ library's own test, without Python, under ASan with UBSan and under TSan."""
+    cmake = shutil.which("cmake") or str(BIN / "cmake")
+    for name, sanitizers in SANITIZERS.items():
+        build = ROOT / "build" / name
+        options = {
+            "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+            "CMAKE_CXX_FLAGS": f"-fsanitize={sanitizers} -fno-sanitize-recover=all",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(build),
+            "VIVACE_CPU_TEST": "ON",
+        }
+        words = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *words], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
+        subprocess.run([str(build / "cpu_test")], check=True)
 
 
 def package() -> None:
@@ -120,7 +139,8 @@ with Client(sys.argv[1], timeout=60) as client:
 def main(names: list[str]) -> int:
     """Run the named stages; returns the exit status."""
     stages: dict[str, Callable[[], None]] = {"lint": lint, "types": types, "fast": fast}
-    stages |= {name: part(name) for name in PARTS} | {"package": package}
+    stages |= {name: part(name) for name in PARTS}
+    stages |= {"sanitize": sanitize, "package": package}
     wanted = [one for name in names for one in (PARTS if name == "all" else (name,))]
     times: list[tuple[str, float, str]] = []
     failed = False

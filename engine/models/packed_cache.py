@@ -43,10 +43,9 @@ def read(path: Path, key: bytes, num_bytes: int, *, threads: int) -> tuple[Array
     Mapped, if the kernel shows huge pages for a mapping of this file; else read into huge pages of their own, since small
     pages are read at a fraction of the bandwidth.
     """
-    # O_NONBLOCK: a pipe that passes for a file must not be waited for.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
-        wanted = _wanted_digest(file.fileno(), key, num_bytes)
+    with open(path, "rb", buffering=0, opener=_opened) as file:
+        fd = file.fileno()
+        wanted = _wanted_digest(fd, key, num_bytes)
         with ThreadPoolExecutor(threads) as pool:
             data = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_READ, offset=PAGE)
             with suppress(OSError):
@@ -105,6 +104,11 @@ def _digest_of(page: Array) -> bytes:
         sums *= FACTOR
         sums += row
     return hashlib.sha256(sums.data).digest()
+
+
+def _opened(path: str, flags: int) -> int:
+    """Without waiting for the writer of a pipe that passes for a file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _wanted_digest(fd: int, key: bytes, num_bytes: int) -> bytes:

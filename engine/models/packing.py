@@ -59,7 +59,11 @@ def load(
         except (Unusable, OSError) as error:
             data = _round(directory, program, architecture, memory=memory, work=work)
             is_same = key == key_of(directory, program, architecture)
-            kept = _keep(file, key, data, work.threads) if is_same else "not kept: it changes"
+            kept = (
+                _keep(file, key, data, work.threads)
+                if is_same
+                else "not kept: it changed meanwhile"
+            )
             why = "" if isinstance(error, FileNotFoundError) else f" ({file.name}: {error})"
             how = f"rounded from the checkpoint, {kept}{why}"
     found = {value.name: _kept(value, data[place], memory) for value, place in places.items()}
@@ -94,14 +98,15 @@ def key_of(directory: Path, program: Program, architecture: str) -> bytes:
     names = read_architecture(architecture)
     found = hashlib.sha256(repr((VERSION, LAYOUT)).encode())
     # First the files, then what they hold: one that is replaced in between fits neither.
-    for file in sorted(directory.glob("*.safetensors*")):
-        status = file.stat()
+    for path in sorted(directory.glob("*.safetensors*")):
+        status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
-        found.update(repr((file.name, status.st_size, status.st_ino, *times)).encode())
+        found.update(repr((path.name, status.st_size, status.st_ino, *times)).encode())
     for value in arrange(program)[0]:
         found.update(repr((value, weights.pieces_of(value, names))).encode())
     for tensor in weights.open_checkpoint(directory).values():
-        place = tensor.name, tensor.file, tensor.dtype, tensor.shape, tensor.start
+        file = Path(tensor.file).name  # the folder may be called by another path next time
+        place = tensor.name, file, tensor.dtype, tensor.shape, tensor.start
         found.update(repr(place).encode())
         raw = tensor.raw()
         found.update(raw[len(raw) // 2 :][:SAMPLE_BYTES].tobytes())
@@ -131,7 +136,8 @@ def _round(
         if value.is_quantized:
             _round_matrix(out, value, weights.strips_of(value, pieces[value], tensors), memory)
         else:
-            out.view(np.float32)[:] = weights.joined(value, pieces[value], tensors).ravel()
+            array = out.view(np.float32).reshape(sized(value.shape, {}))
+            weights.join(array, value, pieces[value], tensors)
 
     # The largest first, so that no thread is left alone with it.
     values = sorted(places, key=lambda value: -weight_bytes(value))

@@ -410,11 +410,16 @@ def joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> 
     if len(pieces) == 1 and is_as_stored and not pieces[0].transposed | pieces[0].interleaved:
         return tensor.raw().view(np.float32).reshape(value.shape)
     out = np.empty(sized(value.shape, {}), np.float32)
+    join(out, value, pieces, tensors)
+    return out
+
+
+def join(out: Array, value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> None:
+    """Write one weight in fp32."""
     for piece in pieces:
         _read_into(out[piece.place], piece, tensors[piece.tensor])
     if value.plus:
         out += np.float32(value.plus)
-    return out
 
 
 def _read_into(out: Array, piece: Piece, tensor: Tensor) -> None:

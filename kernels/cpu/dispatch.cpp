@@ -3,6 +3,7 @@
 #include <new>
 
 #include "ops.h"
+#include "probe.h"
 #include "program.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -93,6 +94,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_bf16() { return false; }
 #endif
 
 bool has_any() { return true; }
@@ -100,15 +105,16 @@ bool has_any() { return true; }
 struct Isa {
   const char* name;
   cpu::Kernels kernels;
+  const cpu::Probes* probes;
   bool (*is_there)();  // on this CPU
 };
 
 // Best last.
 constexpr Isa kIsas[] = {
-    {"portable", kPortable, has_any},
+    {"portable", kPortable, &cpu::kProbesPortable, has_any},
 #ifdef VIVACE_X86
-    {"avx2", avx2(), has_avx2},
-    {"avx512", avx512(), has_avx512},
+    {"avx2", avx2(), &cpu::kProbesAvx2, has_avx2},
+    {"avx512", avx512(), &cpu::kProbesAvx512, has_avx512},
 #endif
 };
 constexpr int32_t kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);
@@ -150,6 +156,23 @@ EXPORT void vivace_pack_int4(uint8_t* out, const int8_t* q, const uint16_t* scal
   cpu::pack_int4(out, q, scales, N, K, group);
 }
 
+// What the machine can do at most with an instruction set: see probe.h. 0 if that has no such instruction, or memory is short.
+EXPORT int32_t vivace_probe_read(int32_t isa, int32_t threads, int64_t bytes, int32_t repeats, double* rates) {
+  if (!vivace_has_isa(isa) || threads < 1) return 0;
+  return cpu::probe_read(*kIsas[isa].probes, threads, bytes, repeats, rates);
+}
+
+// `what`: 0 fp32, 1 int8, 2 bf16.
+EXPORT int32_t vivace_probe_steps(int32_t isa, int32_t what, int32_t threads, double seconds, int32_t repeats,
+                                  double* rates) {
+  if (!vivace_has_isa(isa) || threads < 1 || (what == 2 && !has_bf16())) return 0;
+  const cpu::Probes& probes = *kIsas[isa].probes;
+  const cpu::Steps& steps = what == 0 ? probes.fp32 : what == 1 ? probes.int8 : probes.bf16;
+  if (!steps.run) return 0;
+  cpu::probe_steps(steps, threads, seconds, repeats, rates);
+  return 1;
+}
+
 // How many ops have finished. Any thread may ask, while another is in an op.
 EXPORT int64_t vivace_context_progress(void* context) {
   return static_cast<Context*>(context)->finished.load(std::memory_order_relaxed);
@@ -162,10 +185,10 @@ EXPORT void* vivace_program_create(const cpu::Recording* recording) {
 EXPORT void vivace_program_destroy(void* program) { delete static_cast<cpu::Program*>(program); }
 
 EXPORT void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more,
-                               int64_t num_more) {
+                               int64_t num_more, double* seconds) {
   Context& c = *static_cast<Context*>(context);
   c.pool.begin();
-  static_cast<cpu::Program*>(program)->run(context, sizes, more, num_more);
+  static_cast<cpu::Program*>(program)->run(context, sizes, more, num_more, seconds);
   c.pool.end();
 }
 

@@ -30,14 +30,12 @@ def optional_pointer(array: Array | None) -> int | None:
     return None if array is None else pointer(array)
 
 
-def is_bf16(array: Array) -> bool:
-    """Whether an array of weights holds bf16, as the bits of uint16."""
-    return array.dtype == np.uint16
-
-
 def kv_type(cache: Array) -> int:
     """The library's number of a cache's element type: `cpu::KvType` of kernels/cpu/kv.h."""
     return ("float32", "uint16", "int8").index(cache.dtype.name)
+
+
+_Number = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_double
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,11 @@ class _Call(ctypes.Structure):
 
     _pack_ = 1
     _fields_ = (("op", ctypes.c_void_p), ("args", ctypes.c_void_p))
+
+
+def is_bf16(array: Array) -> bool:
+    """Whether an array of weights holds bf16, as the bits of uint16."""
+    return bool(array.dtype == np.uint16)
 
 
 class Library:
@@ -77,7 +80,8 @@ class Library:
         create.restype, create.argtypes = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)
         destroy = self._library.vivace_context_destroy
         destroy.restype, destroy.argtypes = None, (ctypes.c_void_p,)
-        self._context = create(self._isa(isa), threads)
+        self._number, self._threads = self._isa(isa), threads
+        self._context = create(self._number, threads)
         if self._context is None:
             raise MemoryError(f"no context with {threads} threads")
         weakref.finalize(self, destroy, self._context)
@@ -116,6 +120,21 @@ class Library:
 
         return call
 
+    def probe(
+        self,
+        name: str,
+        repeats: int,
+        what: Sequence[_Number],
+        amount: Sequence[_Number],
+    ) -> list[float] | None:
+        """The rates that a probe of kernels/cpu/probe.h finds; None if it cannot run here."""
+        rates = np.zeros(repeats)
+        isa, threads, count = map(ctypes.c_int32, (self._number, self._threads, repeats))
+        function = getattr(self._library, f"vivace_probe_{name}")
+        out = ctypes.c_void_p(pointer(rates))
+        found = function(isa, *what, threads, *amount, count, out)
+        return rates.tolist() if found else None
+
     def packed_bytes(self, N: int, K: int, group: int | None) -> int:
         """Bytes of a packed matrix."""
         name = "vivace_packed_int8_bytes" if group is None else "vivace_packed_int4_bytes"
@@ -146,14 +165,24 @@ class Library:
             self._recorded = None
         return found
 
-    def run_program(self, program: int, sizes: Array, more: Sequence[Recorded]) -> None:
-        """Run a program of `make_program`, then these calls, with the GIL released."""
+    def run_program(
+        self,
+        program: int,
+        sizes: Array,
+        more: Sequence[Recorded],
+        seconds: Array | None = None,
+    ) -> None:
+        """Run a program of `make_program`, then these calls, with the GIL released.
+
+        `seconds` (fp64, one for each call) takes how long each ran.
+        """
         calls = (_Call(call.address, ctypes.addressof(call.args)) for call in more)
         array = (_Call * len(more))(*calls)
         self._library.vivace_program_run(
             *map(ctypes.c_void_p, (self._context, program, pointer(sizes))),
             array,
             ctypes.c_int64(len(more)),
+            ctypes.c_void_p(optional_pointer(seconds)),
         )
 
     def make_program(self, recording: ctypes.Structure, owner: object) -> int:

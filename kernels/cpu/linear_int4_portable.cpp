@@ -5,6 +5,7 @@ namespace {
 
 struct Sums {
   static constexpr int kMostRows = 1;
+  static constexpr int kPanelFrom = 0;
 
   template <int R>
   static void rows(float (*out)[kTile], const uint8_t* q, int64_t, const Int4Matrix& m, int64_t tile) {

@@ -74,7 +74,8 @@ void pack_int8(uint8_t* out, const int8_t* q, const float* scales, int64_t N, in
 bool round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count) {
   const Int8Matrix m{out, N, K};
   for (int64_t n = first; n < first + count; ++n, w += K) {
-    const float most = largest(w, K), scale = most > 0 ? most / 127.0f : 1.0f;
+    const float most = largest(w, K), step = most / 127.0f;
+    const float scale = step > 0 ? step : 1.0f;  // of numbers so tiny that it came to 0 as well
     if (!std::isfinite(most)) return false;
     int32_t sum = 0;
     for (int64_t from = 0; from < K; from += kPiece) {

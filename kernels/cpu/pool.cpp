@@ -130,10 +130,11 @@ void Pool::await_ticket(uint64_t seen) {
 }
 
 void Pool::work() {
-  while (!stop_.load(std::memory_order_relaxed)) {
+  for (;;) {
     while (run_piece(-kLast)) {
     }
     const uint64_t seen = ticket_.load(std::memory_order_acquire);
+    if (stop_.load(std::memory_order_relaxed)) return;  // after the ticket: the last one is published after `stop_` is set
     if (left(seen) == 0) await_ticket(seen);
   }
 }

@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 
@@ -41,10 +42,18 @@ void Program::patch(const int64_t* sizes) {
   }
 }
 
-void Program::run(void* context, const int64_t* sizes, const Call* more, int64_t num_more) {
+static void call(void* context, const Call& one, double* seconds) {
+  if (!seconds) return one.op(context, one.args);
+  const auto start = std::chrono::steady_clock::now();
+  one.op(context, one.args);
+  *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Program::run(void* context, const int64_t* sizes, const Call* more, int64_t num_more, double* seconds) {
   if (!std::equal(sizes, sizes + num_sizes_, sizes_.get())) patch(sizes);
-  for (int64_t i = 0; i < num_calls_; ++i) ops_[i](context, args_.get() + starts_[i]);
-  for (int64_t i = 0; i < num_more; ++i) more[i].op(context, more[i].args);
+  for (int64_t i = 0; i < num_calls_; ++i)
+    call(context, {ops_[i], args_.get() + starts_[i]}, seconds ? seconds + i : nullptr);
+  for (int64_t i = 0; i < num_more; ++i) call(context, more[i], seconds ? seconds + num_calls_ + i : nullptr);
 }
 
 }  // namespace cpu

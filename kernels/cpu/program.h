@@ -29,8 +29,8 @@ class Program {
  public:
   // Null if there is no memory for it.
   static std::unique_ptr<Program> make(const Recording& recording);
-  // `sizes` are num_sizes; `more` are calls that follow the recorded ones.
-  void run(void* context, const int64_t* sizes, const Call* more, int64_t num_more);
+  // `sizes` are num_sizes; `more` are calls that follow the recorded ones. `seconds` is null, or takes how long each call ran.
+  void run(void* context, const int64_t* sizes, const Call* more, int64_t num_more, double* seconds);
 
  private:
   void patch(const int64_t* sizes);

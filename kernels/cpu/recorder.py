@@ -58,6 +58,7 @@ class CpuReplay:
         num_sizes: int,
     ) -> None:
         self._library = library
+        self._names = [call.name for call in calls]
         structs = [bytes(call.args) for call in calls]
         sizes = [-(-len(struct) // ALIGNMENT) * ALIGNMENT for struct in structs]
         starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -77,6 +78,17 @@ class CpuReplay:
         self._sizes[:] = sizes
         more = () if then is None else self._library.record(then)
         self._library.run_program(self._program, self._sizes, more)
+
+    def profile(
+        self, sizes: Sequence[int], then: Callable[[], None] | None = None
+    ) -> list[tuple[str, float]]:
+        """See `kernels.recorder.Replay`."""
+        self._sizes[:] = sizes
+        more = () if then is None else self._library.record(then)
+        names = [*self._names, *(call.name for call in more)]
+        seconds = np.zeros(len(names))
+        self._library.run_program(self._program, self._sizes, more, seconds)
+        return list(zip(names, seconds.tolist(), strict=True))
 
 
 class CpuRecorder:

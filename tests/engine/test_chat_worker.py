@@ -12,7 +12,7 @@ from tests.engine.chats import CHATML, HONEST, encode, encoder, turns
 from vivace.engine import chat_worker
 from vivace.engine.chat import Link
 from vivace.engine.conversation import Conversation
-from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest
+from vivace.engine.errors import ArtifactError, FailedPrecondition, InvalidRequest, Overloaded
 
 HANGS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
@@ -205,3 +205,51 @@ def _command(*words):
 async def _run_python(code):
     process = await asyncio.create_subprocess_exec(*_command("-c", code))
     return await process.wait()
+
+
+def test_callers_that_leave_while_they_wait_are_not_rendered(tmp_path, monkeypatch):
+    chat = encoder(tmp_path, CHATML)
+    asked = []
+    ask = Link.ask
+
+    async def noted(link, frame):
+        asked.append(frame)
+        return await ask(link, frame)
+
+    monkeypatch.setattr(Link, "ask", noted)
+
+    async def run():
+        await chat.start()
+        try:
+            want = await chat.encode(Conversation(HONEST))
+            asked.clear()
+            left = [asyncio.create_task(chat.encode(Conversation(HONEST))) for _ in range(30)]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            for task in left:
+                task.cancel()
+            assert await chat.encode(Conversation(HONEST)) == want
+            await asyncio.gather(*left, return_exceptions=True)
+        finally:
+            await chat.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert len(asked) <= 2  # the one on its way, and the one that stayed
+
+
+def test_too_many_that_wait_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vivace.engine.chat.MAX_WAITING", 3)
+    chat = encoder(tmp_path, CHATML)
+
+    async def run():
+        await chat.start()
+        try:
+            calls = [chat.encode(Conversation(HONEST)) for _ in range(9)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            await chat.close()
+
+    ends = asyncio.run(asyncio.wait_for(run(), 60))
+    refused = [end for end in ends if isinstance(end, Overloaded)]
+    assert len(refused) == 5  # one is rendered, three wait
+    assert all(isinstance(end, (list, Overloaded)) for end in ends)

@@ -5,8 +5,8 @@ import pytest
 from tests.engine.fake_cache import World, request
 from vivace.engine import prefix
 from vivace.engine.errors import InvalidRequest, Overloaded
-from vivace.engine.events import FinishReason
-from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.engine.events import FinishReason, Pooling
+from vivace.engine.scheduler import MAX_LOOKED_UP_BLOCKS, MAX_PROMPT_LOGPROB_ROWS
 
 
 def test_a_long_prompt_does_not_stop_others_decoding():
@@ -65,6 +65,72 @@ def test_those_who_wait_for_a_prefix_keep_their_place_in_line():
         world.add(request(f"later {i}", [50 + i], 1))
     assert [c.request.id for c in world.step()] == ["leader", "later 0"]
     assert [c.request.id for c in world.step()] == ["first", "second"]
+
+
+def count_look_ups(world, monkeypatch):
+    """Blocks that are hashed or looked up, one entry each."""
+    look_ups = []
+    find, extend = world.prefix.find, world.prefix.extend
+
+    def counted_find(digest):
+        look_ups.append(digest)
+        return find(digest)
+
+    def counted_extend(digests, *args, **fields):
+        known = len(digests)
+        extend(digests, *args, **fields)
+        look_ups.extend(digests[known:])
+
+    monkeypatch.setattr(world.prefix, "find", counted_find)
+    monkeypatch.setattr(world.prefix, "extend", counted_extend)
+    return look_ups
+
+
+def test_a_step_looks_up_few_of_those_who_wait_for_a_prefix_and_each_once(monkeypatch):
+    world = World(num_blocks=400, max_step=100)
+    prompt = range(600)  # of which the leader computes what a step has rows of logits for
+    world.add(request("leader", prompt, 1, prompt_logprobs=0))
+    for i in range(90):
+        world.add(request(i, [*prompt, 600 + i], 1))
+    world.add(request("other", [1000], 30))
+    look_ups = count_look_ups(world, monkeypatch)
+    num_steps = 0
+    while world.live["other"].slot < 0:
+        assert num_steps < 6, "who waits for nobody is not reached, as many wait before it"
+        look_ups.clear()
+        world.step()
+        num_steps += 1
+        # A block of each that waits already. Of the last that is looked up and of the leader, a prompt more each.
+        assert len(look_ups) <= 2 * MAX_LOOKED_UP_BLOCKS + 90 + 3 * 150
+    assert num_steps > 1
+    look_ups.clear()
+    world.step()
+    assert len(look_ups) <= 90, "looked up again before what it waits for is there"
+    assert world.live["leader"].num_computed < 600
+    world.run()
+
+
+def test_who_waits_goes_on_when_another_than_the_one_it_waits_for_has_computed_the_block():
+    """One that pools all of its prompt computes what another computes too, and here it is faster."""
+    world = World(num_blocks=200, max_step=600)
+    world.add(request("slow", range(200), 1, prompt_logprobs=0))
+    world.add(request("fast", range(200), 0, pooling=Pooling.MEAN))
+    world.add(request("waits", range(200), 1))
+    assert [c.request.id for c in world.step()] == ["slow", "fast"]
+    assert [c.request.id for c in world.step()] == ["slow", "waits"]
+    assert world.live["slow"].num_computed < 200
+    world.run()
+
+
+def test_deadlines_of_requests_that_are_gone_are_not_kept():
+    world = World()
+    world.add(request("live", [1], 150, deadline=5.0))
+    for i in range(140):
+        world.add(request(i, [1], 1, deadline=1e9))
+        world.step()
+    assert len(world.live) == 1
+    assert len(world.scheduler._deadlines) <= 2 * 2 + 64
+    assert list(world.scheduler.expired(5.0)) == ["live"]
 
 
 def test_those_of_higher_priority_start_first_and_equals_in_order_of_arrival():

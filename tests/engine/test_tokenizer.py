@@ -1,6 +1,7 @@
 """Text and ids as transformers has them; templates as the checkpoint wrote them, in a sandbox."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,24 @@ def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path, content):
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(InvalidRequest, match="surrogates not allowed"):
         Tokenizer.load(NORTHSTAR).encode("a\ud83d")
+
+
+def test_a_long_text_is_tokenized_beside_others():
+    """Not while it holds all of Python: who waits in another thread has many turns."""
+    tokenizer = Tokenizer.load(NORTHSTAR)
+    text = "How many days does delivery take? " * 20_000
+    turns, done = 0, threading.Event()
+    found = []
+
+    def work():
+        found.append(tokenizer.encode(text))
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns >= 20
+    assert found[0] == tokenizer.library.encode(text).ids
+    assert tokenizer.decode(found[0]) == text

@@ -16,6 +16,7 @@ each_kind = pytest.mark.parametrize("group", KINDS.values(), ids=KINDS)
 SHAPES = [  # T, N, K
     (0, 5, 7), (1, 1, 1), (1, 33, 4), (2, 32, 3), (3, 31, 172), (4, 64, 128), (5, 70, 131), (7, 65, 33), (8, 32, 260),
     (12, 40, 129), (13, 33, 64), (16, 97, 96), (17, 32, 1), (29, 100, 97), (70, 34, 200),
+    (9, 33, 1157), (131, 32, 1024), (141, 35, 2065),  # past a block of inputs and a chunk of rows
 ]  # fmt: skip
 
 

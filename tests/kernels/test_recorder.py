@@ -127,3 +127,19 @@ def test_progress_is_seen_from_another_thread_while_a_replay_runs(ops):
 
 def test_another_backend_has_no_recorder():
     assert load(Backend.REFERENCE).recorder is None
+
+
+def test_a_profile_runs_the_ops_and_says_how_long_each_took(ops, x, out):
+    view = ops.memory.view
+
+    def square(sizes):
+        rows = (sizes[0], 3)
+        ops.add(view(out.reshape(-1), rows), view(x.reshape(-1), rows), view(x.reshape(-1), rows))
+
+    replay = ops.recorder.record(square, MOST)
+    last = view(out[24:].reshape(-1), (2, 3))
+    times = replay.profile([8, 0], lambda: ops.softcap(last, view(x.reshape(-1), (2, 3)), cap=30.0))
+    assert [name for name, _ in times] == ["add", "softcap"]
+    assert all(0 < seconds < 60 for _, seconds in times)
+    assert np.array_equal(out[:24], 2 * x[:24]) and not np.isnan(last).any()
+    assert np.isnan(out[30:]).all()

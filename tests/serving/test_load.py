@@ -146,6 +146,26 @@ def test_a_reader_that_stalls_is_cut_and_others_do_not_notice():
         assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
 
 
+def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
+    """Of which more is on the way than a window holds."""
+    with (
+        serving("--set", "server.stalled_reader_s=1") as server,
+        Client(server.target) as client,
+        Connection(server.target, reads=False) as connection,
+    ):
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[5] * 1500),
+            sampling=pb.SamplingParams(max_tokens=2, ignore_eos=True),
+            response=pb.ResponseOptions(prompt_logprobs=20),
+        )
+        stream = connection.call("Generate", request.SerializeToString())
+        wait_until(lambda: "RESOURCE_EXHAUSTED" in "".join(server.errors), 30)
+        connection.open_window(stream)
+        status, words = connection.status(stream)
+        assert (status, "not read" in words) == (8, True)
+        wait_until(lambda: is_free(client))
+
+
 def drain_socket(connection):
     """Take what has come, giving the server no more room."""
     connection.settimeout(0.1)

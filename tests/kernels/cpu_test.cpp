@@ -1,0 +1,316 @@
+// The C++ library without Python, for the sanitizers: the pool, programs, and every op on every instruction set of this CPU.
+// Buffers have the size that the contract says, to the byte, so that a read or write past one is seen; what the ops compute
+// is checked in Python. Here they must give the same on one thread, on several, and in a program.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "ops.h"
+#include "program.h"
+
+extern "C" {
+const char* vivace_isa_name(int32_t isa);
+int32_t vivace_has_isa(int32_t isa);
+void* vivace_context_create(int32_t isa, int32_t threads);
+void vivace_context_destroy(void* context);
+int64_t vivace_context_progress(void* context);
+void* vivace_program_create(const cpu::Recording* recording);
+void vivace_program_destroy(void* program);
+void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more, int64_t num_more);
+#define OP(name) void vivace_##name(void* context, const void* args);
+OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
+OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
+#undef OP
+}
+
+namespace {
+
+#define CHECK(truth)                                              \
+  do {                                                            \
+    if (!(truth)) {                                               \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #truth);     \
+      std::exit(1);                                               \
+    }                                                             \
+  } while (false)
+
+using Floats = std::vector<float>;
+using Ints = std::vector<int32_t>;
+
+Floats random(int64_t count) {
+  static uint64_t state = 1;
+  Floats found(static_cast<size_t>(count));
+  for (float& one : found) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    one = float(int64_t(state >> 40) - (1 << 23)) * 0x1p-22f;  // -2..2
+  }
+  return found;
+}
+
+Ints counting(int64_t count, int64_t modulo) {
+  Ints found(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) found[size_t(i)] = int32_t(i * 7 % modulo);
+  return found;
+}
+
+// What the pieces of a range add up to, and which of them ran.
+struct Range {
+  const int32_t* in;
+  int32_t* out;
+  int64_t count;
+};
+
+void reverse(const void* args, int64_t begin, int64_t end) {  // reads what another thread wrote
+  const auto& r = *static_cast<const Range*>(args);
+  for (int64_t i = begin; i < end; ++i) r.out[i] = (r.out[i] + r.in[r.count - 1 - i] + 1) % 1000;
+}
+
+void pool_runs_every_index_once(int32_t threads) {
+  cpu::Pool pool(threads);
+  for (int64_t count : {0, 1, 2, 3, 7, 64, 1001}) {
+    Ints one(size_t(count), 0), other(size_t(count), 0);
+    const Range forth{one.data(), other.data(), count}, back{other.data(), one.data(), count};
+    int32_t sums[2] = {0, 0};  // what each element of `other` and of `one` is
+    for (int i = 0; i < 300; ++i) {
+      if (i % 50 == 10) pool.begin();
+      if (i % 100 == 99) std::this_thread::sleep_for(std::chrono::microseconds(400));  // workers park
+      pool.for_range(count, 1, reverse, i % 2 ? &back : &forth);
+      int32_t& sum = sums[i % 2];
+      sum = (sum + sums[1 - i % 2] + 1) % 1000;
+      for (int32_t got : i % 2 ? one : other) CHECK(got == sum);
+      if (i % 50 == 30) pool.end();
+    }
+  }
+}
+
+void pools_end_at_once() {
+  Ints in(64, 0), out(64, 0);
+  const Range range{in.data(), out.data(), 64};
+  for (int i = 0; i < 50; ++i) {
+    cpu::Pool pool(1 + i % 4);
+    if (i % 3) pool.begin();
+    if (i % 2) pool.for_range(64, 1, reverse, &range);
+  }
+}
+
+void pools_share_the_machine() {
+  std::vector<std::thread> callers;
+  for (int32_t i = 0; i < 3; ++i) callers.emplace_back(pool_runs_every_index_once, 2 + i);
+  for (std::thread& caller : callers) caller.join();
+}
+
+// One call of an op: its struct, and what it writes.
+struct Case {
+  std::string name;
+  cpu::Op* op;
+  std::vector<uint8_t> args;
+  std::vector<std::pair<void*, size_t>> outs;
+};
+
+template <typename Args>
+std::vector<uint8_t> bytes(const Args& args) {
+  std::vector<uint8_t> found(sizeof(args));
+  std::memcpy(found.data(), &args, sizeof(args));
+  return found;
+}
+
+template <typename T>
+std::pair<void*, size_t> whole(std::vector<T>& out) {
+  return {out.data(), out.size() * sizeof(T)};
+}
+
+std::vector<uint8_t> written(const Case& one) {
+  std::vector<uint8_t> found;
+  for (auto [data, size] : one.outs) {
+    const auto* begin = static_cast<const uint8_t*>(data);
+    found.insert(found.end(), begin, begin + size);
+  }
+  return found;
+}
+
+// All that the cases point to.
+struct Buffers {
+  std::deque<Floats> floats;
+  std::deque<Ints> ints;
+  std::deque<std::vector<int64_t>> longs;
+  Floats& f(int64_t count) { return floats.emplace_back(random(count)); }
+  Ints& i(Ints values) { return ints.emplace_back(std::move(values)); }
+  Ints& i(int64_t count, int64_t modulo) { return i(counting(count, modulo)); }
+};
+
+// Every op at odd sizes: T rows, of two requests where there are any.
+std::vector<Case> cases(Buffers& b, int64_t T) {
+  constexpr int64_t M = 43, N = 37, V = 29, H = 6, G = 2, D = 20, S = 4, kBlocks = 9, E = 5, K = 3, F = 19, R = 12;
+  std::vector<Case> found;
+  const auto add = [&](const char* name, cpu::Op* op, const auto& args, auto&... outs) {
+    found.push_back({name, op, bytes(args), {whole(outs)...}});
+  };
+  Floats &x = b.f(T * M), &residual = b.f(T * M), &norm = b.f(M), &out = b.f(T * M), &sum = b.f(T * M);
+  Ints& rows = b.i(T, T);
+  add("rmsnorm", vivace_rmsnorm, cpu::RmsnormArgs{out.data(), x.data(), norm.data(), T, M, 1e-6f}, out);
+  add("add_rmsnorm", vivace_add_rmsnorm,
+      cpu::AddRmsnormArgs{sum.data(), out.data(), x.data(), residual.data(), norm.data(), T, M, 1e-6f}, sum, out);
+  add("add", vivace_add, cpu::AddArgs{out.data(), x.data(), residual.data(), T * M}, out);
+  add("softcap", vivace_softcap, cpu::SoftcapArgs{out.data(), x.data(), T * M, 3}, out);
+  add("take_rows", vivace_take_rows, cpu::TakeRowsArgs{out.data(), x.data(), rows.data(), T, M}, out);
+  Ints& tokens = b.i(T, V);
+  Floats& table = b.f(V * M);
+  add("embed", vivace_embed, cpu::EmbedArgs{out.data(), tokens.data(), table.data(), T, M, 2}, out);
+  Floats &projected = b.f(T * N), &weight = b.f(N * M), &bias = b.f(N);
+  add("linear", vivace_linear,
+      cpu::LinearArgs{projected.data(), x.data(), weight.data(), bias.data(), T, N, M}, projected);
+  Floats &act = b.f(T * F), &gate_up = b.f(T * 2 * F);
+  for (int64_t activation = 0; activation < 3; ++activation)
+    add("gated", vivace_gated, cpu::GatedArgs{act.data(), gate_up.data(), T, F, activation, 1.7f, 7}, act);
+
+  Floats &chosen = b.f(T * K), &router = b.f(T * E), &expert_out = b.f(T * K * N), &combined = b.f(T * N);
+  Ints &experts = b.i(T * K, E), &routed = b.i(T * K, E);
+  Floats &expert_weight = b.f(E * N * M), &expert_bias = b.f(E * N), &shared = b.f(T * N), &gate = b.f(T);
+  add("moe_route", vivace_moe_route,
+      cpu::MoeRouteArgs{chosen.data(), routed.data(), router.data(), nullptr, T, E, K, 1, 1, 1, 1, 1}, chosen, routed);
+  add("expert_linear", vivace_expert_linear,
+      cpu::ExpertLinearArgs{expert_out.data(), x.data(), experts.data(), expert_weight.data(), expert_bias.data(), T, K,
+                            E, N, M, 0}, expert_out);
+  add("moe_combine", vivace_moe_combine,
+      cpu::MoeCombineArgs{combined.data(), expert_out.data(), chosen.data(), shared.data(), gate.data(), T, K, N},
+      combined);
+
+  // The first request has T - 1 rows at the end of its context, the second one row.
+  const int32_t first = int32_t(T > 1 ? T - 1 : 0), num_requests = T == 0 ? 0 : T > 1 ? 2 : 1;
+  Ints starts{0}, lens, places, slots;
+  if (T > 1) starts.push_back(first), lens.push_back(first + 3);
+  if (T > 0) starts.push_back(int32_t(T)), lens.push_back(9);
+  const int64_t X = (std::max(9, first + 3) + S - 1) / S;
+  for (int64_t t = 0; t < T; ++t) {
+    places.push_back(t < first ? int32_t(t + 3) : 8);
+    slots.push_back(int32_t(t < first ? t + 3 : kBlocks * S - 1));
+  }
+  Floats &q = b.f(T * H * D), &cache = b.f(kBlocks * 2 * G * S * D), &heads = b.f(T * H * D), &sinks = b.f(H);
+  Floats &qkv = b.f(T * (H + 2 * G) * D), &cos_sin = b.f(T * R), &inv_freq = b.f(R / 2);
+  Floats &k = b.f(T * G * D), &v = b.f(T * G * D), &q_norm = b.f(D), &k_norm = b.f(D);
+  Ints &at = b.i(places), &slot = b.i(slots), &start = b.i(starts), &len = b.i(lens);
+  Ints& blocks = b.i(num_requests * X, kBlocks);
+  add("rope_table", vivace_rope_table,
+      cpu::RopeTableArgs{cos_sin.data(), at.data(), inv_freq.data(), nullptr, T, R / 2, 1}, cos_sin);
+  add("rope_kv_write", vivace_rope_kv_write,
+      cpu::RopeKvWriteArgs{q.data(), cache.data(), qkv.data(), cos_sin.data(), slot.data(), q_norm.data(), k_norm.data(),
+                           T, H, G, S, D, R, 0, 1e-6f}, q, cache);
+  add("kv_read", vivace_kv_read, cpu::KvReadArgs{k.data(), v.data(), cache.data(), slot.data(), T, G, S, D}, k, v);
+  for (int64_t window : {0, 5})
+    add("attention", vivace_attention,
+        cpu::AttentionArgs{heads.data(), q.data(), cache.data(), blocks.data(), start.data(), len.data(), sinks.data(), T,
+                           H, G, S, D, num_requests, X, window, 0.2f, window ? 30.0f : 0.0f}, heads);
+
+  Floats &logits = b.f(T * V), &scores = b.f(T * V), &ones = b.f(T), &halves = b.f(T), &zeros = b.f(T);
+  std::fill(ones.begin(), ones.end(), 1.0f);
+  std::fill(halves.begin(), halves.end(), 0.5f);
+  std::fill(zeros.begin(), zeros.end(), 0.0f);
+  Ints &drawn = b.i(T, V), &top_k = b.i(T, 9), &ranks = b.i(T, V), &top_ids = b.i(T * K, V);
+  Floats &log_chosen = b.f(T), &log_top = b.f(T * K), &bias_values = b.f(T);
+  auto& seeds = b.longs.emplace_back(size_t(T), 5);
+  Ints &one_each = b.i(T + 1, T + 2), &ids = b.i(T, V);
+  for (size_t t = 0; t < one_each.size(); ++t) one_each[t] = int32_t(t);
+  add("sample", vivace_sample,
+      cpu::SampleArgs{drawn.data(), scores.data(), logits.data(), halves.data(), top_k.data(), halves.data(),
+                      zeros.data(), reinterpret_cast<const uint64_t*>(seeds.data()), at.data(), ones.data(), ones.data(),
+                      ones.data(), one_each.data(), ids.data(), ids.data(), one_each.data(), ids.data(),
+                      bias_values.data(), T, V}, drawn, scores);
+  add("logprobs", vivace_logprobs,
+      cpu::LogprobsArgs{log_chosen.data(), ranks.data(), top_ids.data(), log_top.data(), logits.data(), ids.data(), T, V,
+                        K}, log_chosen, ranks, top_ids, log_top);
+  return found;
+}
+
+// What every case leaves, one after another, on a new context.
+std::vector<std::vector<uint8_t>> results(std::vector<Case>& all, int32_t isa, int32_t threads) {
+  std::vector<std::vector<uint8_t>> found;
+  void* context = vivace_context_create(isa, threads);
+  for (Case& one : all) {
+    one.op(context, one.args.data());
+    found.push_back(written(one));
+  }
+  CHECK(vivace_context_progress(context) == int64_t(all.size()));
+  vivace_context_destroy(context);
+  return found;
+}
+
+void ops_give_the_same_on_threads_and_in_a_program(int32_t isa) {
+  for (int64_t T : {0, 1, 2, 5, 17}) {
+    Buffers buffers;
+    std::vector<Case> all = cases(buffers, T);
+    const auto want = results(all, isa, 1);
+    for (int32_t threads : {2, 3}) {
+      const auto got = results(all, isa, threads);
+      for (size_t i = 0; i < all.size(); ++i)
+        if (got[i] != want[i]) std::printf("%s differs on %d threads\n", all[i].name.c_str(), threads), std::exit(1);
+    }
+    std::vector<cpu::Op*> ops;
+    std::vector<int64_t> starts;
+    std::vector<uint8_t> args;
+    for (const Case& one : all) {
+      ops.push_back(one.op);
+      starts.push_back(int64_t(args.size()));
+      args.insert(args.end(), one.args.begin(), one.args.end());
+    }
+    const cpu::Recording recording{int64_t(all.size()), int64_t(args.size()), 0, 0, ops.data(), starts.data(),
+                                   args.data(), nullptr};
+    void* context = vivace_context_create(isa, 3);
+    void* program = vivace_program_create(&recording);
+    args.assign(args.size(), 0xff);  // the program has its own
+    std::atomic<bool> stop{false};
+    std::thread watchdog([&] {
+      for (int64_t seen = 0; !stop.load();) {
+        const int64_t now = vivace_context_progress(context);
+        CHECK(now >= seen);
+        seen = now;
+      }
+    });
+    for (int i = 0; i < 3; ++i) vivace_program_run(context, program, nullptr, nullptr, 0);
+    stop.store(true);
+    watchdog.join();
+    CHECK(vivace_context_progress(context) == 3 * int64_t(all.size()));
+    CHECK(written(all.back()) == want.back() && written(all[6]) == want[6]);
+    vivace_program_destroy(program);
+    vivace_context_destroy(context);
+  }
+}
+
+void a_program_follows_its_sizes() {
+  Floats x = random(40), out(40, -1), more(40, -1);
+  const cpu::SoftcapArgs args{out.data(), x.data(), 0, 1}, last{more.data(), x.data(), 2, 1};
+  cpu::Op* const op = vivace_softcap;
+  const int64_t start = 0, patches[] = {offsetof(cpu::SoftcapArgs, count), 1, 2, 3};
+  const cpu::Recording recording{1, sizeof(args), 1, 2, &op, &start, reinterpret_cast<const uint8_t*>(&args), patches};
+  void* context = vivace_context_create(0, 2);
+  void* program = vivace_program_create(&recording);
+  const cpu::Call call{op, &last};
+  for (const std::pair<int64_t, int64_t> sizes : {std::pair(0, 0), std::pair(4, 9), std::pair(1, 2), std::pair(1, 2)}) {
+    std::fill(out.begin(), out.end(), -1);
+    const int64_t both[] = {sizes.first, sizes.second};
+    vivace_program_run(context, program, both, &call, sizes.first > 1);
+    for (int64_t i = 0; i < 40; ++i) CHECK((out[size_t(i)] != -1) == (i < 1 + 2 * both[0] + 3 * both[1]));
+  }
+  CHECK(more[1] != -1 && more[2] == -1);
+  vivace_program_destroy(program);
+  vivace_context_destroy(context);
+}
+
+}  // namespace
+
+int main() {
+  for (int32_t threads : {1, 2, 3, 5}) pool_runs_every_index_once(threads);
+  pools_end_at_once();
+  pools_share_the_machine();
+  a_program_follows_its_sizes();
+  for (int32_t isa = 0; vivace_isa_name(isa) != nullptr; ++isa)
+    if (vivace_has_isa(isa)) ops_give_the_same_on_threads_and_in_a_program(isa), std::puts(vivace_isa_name(isa));
+  std::puts("passed");
+}
