@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vivace.kernels.buffer import DType
+from vivace.kernels.buffer import SCALE_BYTES, DType
 from vivace.kernels.quantized import Quantized
 
 DTYPES = {
@@ -69,5 +69,8 @@ class TorchMemory:
         self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
     ) -> torch.Tensor:
         """[N, 2, S, G, D], zeroed."""
-        shape = (num_blocks, 2, block_tokens, num_kv_heads, head_dim)
-        return torch.zeros(shape, dtype=DTYPES[dtype], device=self._device)
+        is_int8 = dtype is DType.INT8
+        width = head_dim + SCALE_BYTES if is_int8 else head_dim
+        shape = (num_blocks, 2, block_tokens, num_kv_heads, width)
+        kind = torch.int8 if is_int8 else DTYPES[dtype]
+        return torch.zeros(shape, dtype=kind, device=self._device)
