@@ -56,8 +56,8 @@ class CpuMemory:
         return raw[start : start + size].view(DTYPES[dtype]).reshape(shape)
 
     def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
-        """The first elements of a one-dimensional array, as `shape`."""
-        return buffer[: prod(shape)].reshape(shape)
+        """The first elements of an array, as `shape`."""
+        return buffer.reshape(-1)[: prod(shape)].reshape(shape)
 
     def upload(self, array: Array) -> Array:
         """The array itself."""

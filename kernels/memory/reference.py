@@ -41,11 +41,11 @@ class TorchMemory:
         return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
 
     def view(self, buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """The first elements of a one-dimensional tensor, as `shape`."""
+        """The first elements of a tensor, as `shape`."""
         count = 1
         for size in shape:
             count *= size
-        return buffer[:count].view(shape)
+        return buffer.view(-1)[:count].view(shape)
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """A copy on the device; uint16 stands for bf16."""
