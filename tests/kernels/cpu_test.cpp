@@ -25,7 +25,8 @@ void vivace_context_destroy(void* context);
 int64_t vivace_context_progress(void* context);
 void* vivace_program_create(const cpu::Recording* recording);
 void vivace_program_destroy(void* program);
-void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more, int64_t num_more);
+void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more, int64_t num_more,
+                        double* seconds);
 #define OP(name) void vivace_##name(void* context, const void* args);
 OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
 OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
@@ -273,7 +274,7 @@ void ops_give_the_same_on_threads_and_in_a_program(int32_t isa) {
         seen = now;
       }
     });
-    for (int i = 0; i < 3; ++i) vivace_program_run(context, program, nullptr, nullptr, 0);
+    for (int i = 0; i < 3; ++i) vivace_program_run(context, program, nullptr, nullptr, 0, nullptr);
     stop.store(true);
     watchdog.join();
     CHECK(vivace_context_progress(context) == 3 * int64_t(all.size()));
@@ -295,7 +296,7 @@ void a_program_follows_its_sizes() {
   for (const std::pair<int64_t, int64_t> sizes : {std::pair(0, 0), std::pair(4, 9), std::pair(1, 2), std::pair(1, 2)}) {
     std::fill(out.begin(), out.end(), -1);
     const int64_t both[] = {sizes.first, sizes.second};
-    vivace_program_run(context, program, both, &call, sizes.first > 1);
+    vivace_program_run(context, program, both, &call, sizes.first > 1, nullptr);
     for (int64_t i = 0; i < 40; ++i) CHECK((out[size_t(i)] != -1) == (i < 1 + 2 * both[0] + 3 * both[1]));
   }
   CHECK(more[1] != -1 && more[2] == -1);
