@@ -425,7 +425,7 @@ void join_groups(const Job& job) {
 template <typename Element>
 void attend(cpu::Pool& pool, const cpu::AttentionArgs& a) {
   const int64_t used = a.B > 0 ? a.query_starts[a.B] : 0;
-  std::memset(a.out + used * a.H * a.D, 0, size_t((a.T - used) * a.H * a.D) * 4);  // rows of nobody
+  if (a.T > used) std::memset(a.out + used * a.H * a.D, 0, size_t((a.T - used) * a.H * a.D) * 4);  // rows of nobody
   std::atomic<int64_t> next{0};
   int64_t num_tiles = 0, num_groups = 0, floats = 0, work = 0;
   each_item({a, nullptr, &next, 0}, [&](int64_t, const Item& item) {
