@@ -1,16 +1,22 @@
-"""`vivace bench host|startup|frontend|process|quality|cpu`."""
+"""`vivace bench host|startup|frontend|process|quality|cpu|peers`."""
 
 import argparse
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import vivace
 from vivace.bench import cpu, frontend, host, process, quality, result, startup
+from vivace.bench.peers import rows
+from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
 from vivace.engine.config import Config, CpuConfig, quantized_by
+from vivace.engine.errors import ConfigError
 from vivace.engine.models.quantize import Quantize
 
+PACKAGE = Path(vivace.__file__).parent
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "northstar"
 
 
@@ -51,8 +57,24 @@ def main(command: str, argv: list[str]) -> int:
             figures = cpu.measure(engine, cpu.Load(rounds=args.rounds))
             config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
             config |= {"quantize": args.quantize, "isa": args.isa or "best"}
+        case "peers":
+            figures = _peers(args)
+            config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
     result.report(f"bench {args.kind}", figures, config)
     return 0
+
+
+def _peers(args: argparse.Namespace) -> list[Figure]:
+    """Other environments see this package through a folder that holds nothing else."""
+    model, peers = args.model.resolve(), args.peers.resolve()
+    if not peers.is_dir():
+        raise ConfigError(f"--peers must be a folder that bench/peers/prepare.py made, got {peers}")
+    cache = peers / "vivace-cache"
+    cache.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as source:
+        Path(source, "vivace").symlink_to(PACKAGE)
+        at = Setting(model, peers, cache, Path(source), args.threads)
+        return rows.measure(at, rounds=args.rounds, rows=args.rows, without=args.without)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path)
     one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
     one.add_argument("--isa", help="instruction set (default: the best there is)")
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one = kinds.add_parser("peers", help="beside other engines on the same machine, by ratio")
+    one.add_argument("model", type=Path)
+    one.add_argument("--peers", type=Path, required=True, help="what bench/peers/prepare.py made")
+    one.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
+    one.add_argument("--without", nargs="+", default=[], help="engines by how their name begins")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return parser

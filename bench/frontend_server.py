@@ -126,18 +126,13 @@ async def _serve(kind: str, model: Path) -> None:
             whole = await convert.unary_response(REQUEST_ID, [last])
             servicer: pb_grpc.InferenceServicer = Echo(pieces, last, whole)
         else:
-            config = ServerConfig()
-            server = grpc_server(config)
+            server = grpc_server(ServerConfig())
             defaults = read_generation_defaults(model)
             served = ServedModel(
                 model.name, engine, info, tokenizer, ChatEncoder(tokenizer), defaults
             )
             running = RunningRequests(RequestLog(log), max_requests=1024)
-            servicer = InferenceServicer(
-                Models((model.name,), {model.name: served}),
-                running,
-                stalled_reader_s=config.stalled_reader_s,
-            )
+            servicer = InferenceServicer(Models((model.name,), {model.name: served}), running)
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         port = server.add_insecure_port(f"{HOST}:0")
         await server.start()

@@ -95,7 +95,9 @@ class Adjustments:
         self._vocab_size = vocab_size
         self._slots: list[_Adjustment | None] = [None] * max_running
         self._num_adjusting = 0  # slots whose last request asked for something; it may be gone
-        self._neutral: dict[int, AdjustmentRows] = {}  # by number of rows: steps come back to few
+        self._ones = np.ones(max_running, np.float32)
+        self._zeros = np.zeros(max_running, np.float32)
+        self._no_starts = np.zeros(max_running + 1, np.int32)
 
     def enter(self, request: Request) -> None:
         """Take note of a request that starts to run, be it again, in its slot."""
@@ -103,8 +105,9 @@ class Adjustments:
         self._num_adjusting += asks - (self._slots[request.slot] is not None)
         self._slots[request.slot] = _Adjustment(request, self._vocab_size) if asks else None
 
-    def rows(self, requests: Sequence[Request], num_rows: int) -> AdjustmentRows:
-        """Of the rows that sample, in the order of `requests`; of those that follow, up to `num_rows`, nothing."""
+    def rows(self, requests: Sequence[Request]) -> AdjustmentRows:
+        """Of the rows that sample, in the order of `requests`."""
+        num_rows = len(requests)
         if self._num_adjusting == 0:
             return self._nothing(num_rows)
         found = [self._slots[request.slot] for request in requests]
@@ -137,21 +140,18 @@ class Adjustments:
         )
 
     def _nothing(self, num_rows: int) -> AdjustmentRows:
-        rows = self._neutral.get(num_rows)
-        if rows is None:
-            starts, zeros = np.zeros(num_rows + 1, np.int32), np.zeros(num_rows, np.float32)
-            rows = self._neutral[num_rows] = AdjustmentRows(
-                repetition_R=np.ones(num_rows, np.float32),
-                frequency_R=zeros,
-                presence_R=zeros,
-                penalty_starts=starts,
-                penalty_ids=_NO_IDS,
-                penalty_counts=_NO_IDS,
-                bias_starts=starts,
-                bias_ids=_NO_IDS,
-                bias_values=_NO_BIAS.values,
-            )
-        return rows
+        zeros, starts = self._zeros[:num_rows], self._no_starts[: num_rows + 1]
+        return AdjustmentRows(
+            repetition_R=self._ones[:num_rows],
+            frequency_R=zeros,
+            presence_R=zeros,
+            penalty_starts=starts,
+            penalty_ids=_NO_IDS,
+            penalty_counts=_NO_IDS,
+            bias_starts=starts,
+            bias_ids=_NO_IDS,
+            bias_values=_NO_BIAS.values,
+        )
 
 
 _NO_IDS = np.zeros(0, np.int32)

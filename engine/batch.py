@@ -4,7 +4,7 @@ Every running request has a row in tables that stay: its blocks, and how it samp
 those who decode sample is copied once, and used for as long as they are the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,8 @@ class _Decoding:
     slots_B: Array
     starts_B: Array  # computed tokens, when they came together
     choices: Choices
-    num_logprobs: int | None
+    logprob_rows: Array
+    num_logprobs: int
 
     def starts(self) -> Array:
         """Computed tokens now."""
@@ -87,18 +88,15 @@ class Batch:
     sampled: Sequence[Request]
     prompt_rows: Sequence[PromptRows]
     pooled_rows: Sequence[PooledRows]
+    num_rows: int  # of logits in all
     sampling: SamplingRows
-    num_logprobs: int | None  # the most best tokens that a row wants; None: no row wants logprobs
+    logprob_rows: Array  # which want logprobs: some that sample, and all of the prompts'
+    num_logprobs: int  # the most best tokens that one of these wants
 
     @property
     def num_sampled(self) -> int:
         """Rows that sample."""
         return len(self.sampled)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of logits in all."""
-        return len(self.sampling.temperature_R)
 
 
 class Batcher:
@@ -157,6 +155,7 @@ class Batcher:
         table = self._blocks[slots_B, : -(-int(context_lens_B.max()) // self._block_tokens)]
         block_T = table[owners_T, positions_T // self._block_tokens]
         rows = _rows(step, query_starts)
+        logprob_rows, num_logprobs = self._logprobs(rows)
         inputs = {
             "tokens": np.array(tokens, np.int32),
             "positions": positions_T,
@@ -175,18 +174,22 @@ class Batcher:
             sampled=rows.sampled,
             prompt_rows=rows.prompt_rows,
             pooled_rows=rows.pooled_rows,
-            sampling=self._sampling(rows, context_lens_B),
-            num_logprobs=self._num_logprobs(rows),
+            num_rows=rows.num_logits,
+            sampling=self._sampling(rows.sampled, context_lens_B),
+            logprob_rows=logprob_rows,
+            num_logprobs=num_logprobs,
         )
 
     def _keep(self, decoding: tuple[Request, ...]) -> _Decoding:
         slots_B = np.array([request.slot for request in decoding], np.intp)
+        logprob_rows, num_logprobs = _logprobs_of(decoding)
         return _Decoding(
             requests=decoding,
             slots_B=slots_B,
             starts_B=np.array([request.num_computed for request in decoding], np.int32),
-            choices=self._choices(slots_B, len(decoding)),
-            num_logprobs=_most(request.sampling.logprobs for request in decoding),
+            choices=self._choices(slots_B),
+            logprob_rows=logprob_rows,
+            num_logprobs=num_logprobs,
         )
 
     def _enter(self, request: Request) -> None:
@@ -203,33 +206,32 @@ class Batcher:
             self._seed[request.slot] = np.uint64(sampling.seed).astype(np.int64)
             self._adjustments.enter(request)
 
-    def _sampling(self, rows: _Rows, context_lens_B: Array) -> SamplingRows:
-        sampled, num_rows = rows.sampled, rows.num_logits
+    def _sampling(self, sampled: Sequence[Request], context_lens_B: Array) -> SamplingRows:
         if sampled is self._decoding.requests:
             choices, positions_R = self._decoding.choices, context_lens_B
         else:
-            choices = self._choices([request.slot for request in sampled], num_rows)
-            lengths = [len(request.tokens) for request in sampled]
-            positions_R = _padded(np.array(lengths, np.int32), num_rows, 0)
-        adjustments = self._adjustments.rows(sampled, num_rows)
+            choices = self._choices([request.slot for request in sampled])
+            positions_R = np.array([len(request.tokens) for request in sampled], np.int32)
+        adjustments = self._adjustments.rows(sampled)
         return SamplingRows(*choices, positions_R=positions_R, adjustments=adjustments)
 
-    def _choices(self, slots: Sequence[int] | Array, num_rows: int) -> Choices:
+    def _choices(self, slots: Sequence[int] | Array) -> Choices:
         slots = np.asarray(slots, np.intp)
         return (
-            _padded(self._temperature[slots], num_rows, 0),
-            _padded(self._top_k[slots], num_rows, 0),
-            _padded(self._top_p[slots], num_rows, 1),
-            _padded(self._min_p[slots], num_rows, 0),
-            _padded(self._seed[slots], num_rows, 0),
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+            self._seed[slots],
         )
 
-    def _num_logprobs(self, rows: _Rows) -> int | None:
+    def _logprobs(self, rows: _Rows) -> tuple[Array, int]:
         if rows.sampled is self._decoding.requests and not rows.prompt_rows:
-            return self._decoding.num_logprobs
-        wanted = [request.sampling.logprobs for request in rows.sampled]
-        wanted += [of_prompt.request.sampling.prompt_logprobs for of_prompt in rows.prompt_rows]
-        return _most(wanted)
+            return self._decoding.logprob_rows, self._decoding.num_logprobs
+        of_sampled, most = _logprobs_of(rows.sampled)
+        of_prompts = np.arange(len(rows.sampled), rows.num_logits, dtype=np.int32)
+        wanted = (one.request.sampling.prompt_logprobs or 0 for one in rows.prompt_rows)
+        return np.concatenate((of_sampled, of_prompts)), max(most, *wanted, 0)
 
 
 def _rows(step: Step, query_starts: Array) -> _Rows:
@@ -263,6 +265,8 @@ def _pooled_rows(
     step: Step, query_starts: Array, logit_rows: list[int]
 ) -> tuple[list[int], list[PooledRows]]:
     """The rows of logits, then those that are only pooled; and which of all these make up each embedding."""
+    if all(chunk.request.pooling is None for chunk in step.chunks):
+        return logit_rows, []
     pooled_rows: list[PooledRows] = []
     places = {row: place for place, row in enumerate(logit_rows)}
     for i, chunk in enumerate(step.chunks, len(step.decoding)):
@@ -276,12 +280,8 @@ def _pooled_rows(
     return list(places), pooled_rows
 
 
-def _most(wanted: Iterable[int | None]) -> int | None:
-    return max((count for count in wanted if count is not None), default=None)
-
-
-def _padded(array: Array, num_rows: int, value: float) -> Array:
-    """Rows of prompts follow those that sample; they are drawn greedily and the draw is thrown away."""
-    if len(array) == num_rows:
-        return array
-    return np.concatenate((array, np.full(num_rows - len(array), value, array.dtype)))
+def _logprobs_of(sampled: Sequence[Request]) -> tuple[Array, int]:
+    """Which of these want logprobs of what they draw, and the most best tokens that one of them wants."""
+    counts = [one.sampling.logprobs for one in sampled]
+    rows = [row for row, count in enumerate(counts) if count is not None]
+    return np.array(rows, np.int32), max((count or 0 for count in counts), default=0)

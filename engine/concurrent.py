@@ -52,6 +52,13 @@ async def merge(generators: Sequence[AsyncGenerator[T]], *, max_parallel: int) -
         await _end([reading])
 
 
+async def within(generator: AsyncGenerator[T], places: asyncio.Semaphore) -> AsyncGenerator[T]:
+    """What it yields; it begins when one of `places` is free, and has that until it ends."""
+    async with places, aclosing(generator) as items:
+        async for item in items:
+            yield item
+
+
 async def _end(tasks: Sequence["asyncio.Task[T]"]) -> None:
     for task in tasks:
         task.cancel()

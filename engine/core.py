@@ -201,11 +201,13 @@ class EngineCore:
             self._counters.num_requests_finished += 1
             self._count(request)
         events = []
-        for row, (request, token) in enumerate(zip(batch.sampled, sampled, strict=True)):
+        row = -1  # of logprobs: those that want any have one, in their order
+        for request, token in zip(batch.sampled, sampled, strict=True):
             if logprobs is None and request.first_token is not None and request not in finished:
                 event = TokenEvent(request.id, (token,))  # as nearly all are
             else:
                 count = request.sampling.logprobs
+                row += count is not None
                 event = _token_event(
                     request,
                     token,
@@ -240,14 +242,17 @@ def _token_event(
     then: float,
     logprobs: tuple[TokenLogprobs, ...],
 ) -> TokenEvent:
-    is_first = request.first_token is None
-    if is_first:
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    if request.first_token is None:
         request.first_token = then
+        prompt_logprobs = tuple(request.prompt_logprobs)
+        # Their number is what is needed from now on; they themselves are large.
+        request.prompt_logprobs = [None] * len(prompt_logprobs)
     return TokenEvent(
         request.id,
         token_ids=(token,),
         logprobs=logprobs,
-        prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
+        prompt_logprobs=prompt_logprobs,
         finish=finish,
         stop_token_id=token if finish is FinishReason.STOP else None,
         usage=None if finish is None else _usage(request, then),
@@ -288,7 +293,7 @@ def _usage(request: Request, then: float) -> Usage:
 
 
 def _record_prompt_logprobs(batch: Batch, logprobs: RowLogprobs) -> None:
-    row = batch.num_sampled
+    row = len(batch.logprob_rows) - sum(rows.count for rows in batch.prompt_rows)
     for rows in batch.prompt_rows:
         request = rows.request
         assert len(request.prompt_logprobs) == rows.first_position

@@ -58,7 +58,7 @@ class RequestOutput:
     # One a prompt token, None for the first.
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
     outputs: tuple[CompletionOutput, ...]
-    usage: Usage  # `completion_tokens` of all outputs, the rest of the first
+    usage: Usage  # `completion_tokens` of all outputs (not of what `best_of` dropped), the rest of the first
 
 
 @dataclass(slots=True)

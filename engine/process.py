@@ -64,6 +64,8 @@ class Loop:
         self._is_busy = False
         self._num_rounds = 0
         self._last_report = 0.0
+        # Bounded by the front-end: it has a bound on calls, and each has few requests here at a time (serving/models.py).
+        # Every round empties it, and the engine refuses at once what its own queue has no room for.
         self.inbox: SimpleQueue[wire.ToEngine] = SimpleQueue()
 
     def beat(self) -> wire.Beat:

@@ -1,9 +1,10 @@
 """Several replies to one prompt: each its own request to the engine, which shares the prompt's blocks among them.
 
 Above every runtime, like `completion`. Reply i draws with seed + i; of `best_of` replies those with the best mean logprob
-of a token are kept.
+of a token are kept; the others were computed too, but nobody's usage counts them.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,7 +13,7 @@ from math import fsum
 import msgspec
 
 from vivace.engine.completion import TextEvent, stream
-from vivace.engine.concurrent import merge
+from vivace.engine.concurrent import merge, within
 from vivace.engine.events import EngineRequest, TokenLogprobs
 from vivace.engine.runtimes import Engine
 from vivace.engine.sampling import Replies, TextRules
@@ -26,32 +27,26 @@ def stream_replies(
     *,
     rules: TextRules,
     replies: Replies,
+    places: asyncio.Semaphore,
 ) -> AsyncGenerator[TextEvent]:
     """Text events of all replies, in order within each `index`; each reply has one final event, a stop or length.
 
     Raises Cancelled or DeadlineExceeded for a request that was ended, and what the engine refuses it with.
     Closing this early aborts them all, and so does the first that fails. With `best_of` over `n`, nothing comes before
-    all have ended.
+    all have ended. Each reply is in the engine only while it has one of `places`, which other calls may share.
     """
-    if replies.best_of == 1:
-        return stream(engine, tokenizer, request, rules)
-    return _several(engine, tokenizer, request, rules=rules, replies=replies)
+    drawn = [
+        within(stream(engine, tokenizer, one, rules), places)
+        for one in reply_requests(request, replies)
+    ]
+    return drawn[0] if len(drawn) == 1 else _several(drawn, request, replies)
 
 
 async def _several(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    request: EngineRequest,
-    *,
-    rules: TextRules,
-    replies: Replies,
+    replies_drawn: Sequence[AsyncGenerator[TextEvent]], request: EngineRequest, replies: Replies
 ) -> AsyncGenerator[TextEvent]:
-    drawn: list[list[TextEvent]] = [[] for _ in range(replies.best_of)]
-    name = request.request_id
-    sources = [
-        _one(engine, tokenizer, one, rules=rules, name=name, index=i)
-        for i, one in enumerate(reply_requests(request, replies))
-    ]
+    drawn: list[list[TextEvent]] = [[] for _ in replies_drawn]
+    sources = [_named(events, request.request_id, i) for i, events in enumerate(replies_drawn)]
     async with aclosing(merge(sources, max_parallel=len(sources))) as events:
         async for event in events:
             if replies.best_of == replies.n:
@@ -89,16 +84,10 @@ def reply_requests(request: EngineRequest, replies: Replies) -> list[EngineReque
     ]
 
 
-async def _one(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    request: EngineRequest,
-    *,
-    rules: TextRules,
-    name: str,
-    index: int,
+async def _named(
+    drawn: AsyncGenerator[TextEvent], name: str, index: int
 ) -> AsyncGenerator[TextEvent]:
-    async with aclosing(stream(engine, tokenizer, request, rules)) as events:
+    async with aclosing(drawn) as events:
         async for event in events:
             yield msgspec.structs.replace(event, request_id=name, index=index)
 
@@ -134,5 +123,4 @@ def _joined(events: Sequence[TextEvent]) -> TextEvent:
 
 
 def _mean_logprob(places: Sequence[TokenLogprobs]) -> float:
-    """Of an empty reply (an abort's): worse than any."""
-    return fsum(place.logprob for place in places) / len(places) if places else float("-inf")
+    return fsum(place.logprob for place in places) / len(places)

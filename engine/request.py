@@ -37,7 +37,7 @@ class Request:
     num_cached_tokens: int = 0  # found in the prefix cache when first scheduled
     first_scheduled: float | None = None
     first_token: float | None = None
-    # So far, one a token; at first, None for all before the first that is wanted.
+    # So far, one a token; at first, None for all before the first that is wanted, and all None once they are sent.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     hidden_sum_M: Array | None = None  # fp64, of the final hidden states pooled so far
     stop_token_ids: frozenset[int] = field(init=False)

@@ -52,12 +52,12 @@ class Sampler:
 
     def sample(self, logits_RV: Buffer, batch: Batch) -> None:
         """Draw the token of each row that samples; `sampled` reads them."""
-        R, memory, rows = batch.num_rows, self._ops.memory, batch.sampling
+        R, memory, rows = batch.num_sampled, self._ops.memory, batch.sampling
         adjustments = rows.adjustments
         self._ops.sample(
             memory.view(self._tokens, (R,)),
             memory.view(self._scores, (R, self._vocab_size)),
-            logits_RV,
+            memory.view(logits_RV, (R, self._vocab_size)),
             memory.upload(rows.temperature_R),
             memory.upload(rows.top_k_R),
             memory.upload(rows.top_p_R),
@@ -82,14 +82,20 @@ class Sampler:
         return tokens
 
     def logprobs(self, logits_RV: Buffer, batch: Batch, sampled: list[int]) -> RowLogprobs | None:
-        """Of every row: the sampled token, or the prompt's own. None if no row wants any."""
-        if batch.num_logprobs is None:
+        """Of `batch.logprob_rows`: the sampled token, or the prompt's own. None if no row wants any."""
+        rows, K, memory = batch.logprob_rows, batch.num_logprobs, self._ops.memory
+        R = len(rows)
+        if R == 0:
             return None
-        R, K, memory = batch.num_rows, batch.num_logprobs, self._ops.memory
         tokens = list(sampled)
-        for rows in batch.prompt_rows:
-            tokens += rows.request.tokens[rows.first_position : rows.first_position + rows.count]
-        tokens_R = np.array(tokens, np.int32)
+        for of_prompt in batch.prompt_rows:
+            first = of_prompt.first_position
+            tokens += of_prompt.request.tokens[first : first + of_prompt.count]
+        tokens_R = np.array(tokens, np.int32)[rows]
+        if batch.num_rows > R:  # the scores of what was drawn are needed no more
+            wanted_RV = memory.view(self._scores, (R, self._vocab_size))
+            self._ops.take_rows(wanted_RV, logits_RV, memory.upload(rows))
+            logits_RV = wanted_RV
         chosen_R, ranks_R = memory.view(self._chosen, (R,)), memory.view(self._ranks, (R,))
         top_ids_RK = memory.view(self._top_ids, (R, K))
         top_logprobs_RK = memory.view(self._top_logprobs, (R, K))

@@ -171,7 +171,7 @@ def resolve(
     min_tokens = _whole("min_tokens", params.min_tokens, 0, 0, None)
     if min_tokens > max_tokens:
         raise InvalidRequest(
-            f"min_tokens must be at most max_tokens ({max_tokens}), got {min_tokens}"
+            f"min_tokens must be at most max_tokens ({_shown(max_tokens)}), got {_shown(min_tokens)}"
         )
     top_p = TOP_P.value("top_p", params.top_p, defaults.top_p, 1.0)
     sampling = Sampling(
@@ -210,7 +210,7 @@ def _refuse_unserved(params: SamplingParams) -> None:
     for name in UNSERVED:
         value = getattr(params, name)
         if value is not None:
-            raise Unimplemented(f"{name} is not served by this version (got {value!r})")
+            raise Unimplemented(f"{name} is not served by this version (got {_shown(value)})")
 
 
 def _stop_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int, ...]:
@@ -272,7 +272,7 @@ def _whole(name: str, value: int | None, default: int, low: int, high: int | Non
         or (high is not None and value > high)
     ):
         span = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise InvalidRequest(f"{name} must be a whole number {span}, got {value!r}")
+        raise InvalidRequest(f"{name} must be a whole number {span}, got {_shown(value)}")
     return value
 
 
@@ -343,5 +343,8 @@ def check_token_ids(name: str, token_ids: Sequence[int], limits: ModelLimits) ->
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = type(value).__name__
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."

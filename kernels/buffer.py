@@ -4,6 +4,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, Protocol
 
+SCALE_BYTES = 4  # behind a head of int8 in the KV cache
+
 
 class DType(Enum):
     """Element types; NumPy has no name for bf16."""
@@ -55,6 +57,22 @@ def expect_dtype(name: str, buffer: Buffer, dtype: str) -> None:
     """Raise ValueError unless the elements are of this type (`float32`, `uint8`, `int32`, `int64`)."""
     if _name(buffer.dtype) != dtype:
         raise ValueError(f"{name} must hold {dtype}, got {buffer.dtype}")
+
+
+def expect_kv_cache(kv_cache: Buffer, num_kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError unless `kv_cache` is one of Memory.kv_cache for heads like these.
+
+    Its last axis is a token's head: fp32 or bf16 (uint16 on the CPU), or int8 and the bytes of an fp32 scale.
+    """
+    dtype = _name(kv_cache.dtype)
+    if dtype not in ("float32", "bfloat16", "uint16", "int8"):
+        raise ValueError(f"kv_cache must hold float32, bfloat16 or int8, got {kv_cache.dtype}")
+    width = head_dim + SCALE_BYTES if dtype == "int8" else head_dim
+    expect("kv_cache", kv_cache, None, 2, None, None, width)
+    if num_kv_heads not in kv_cache.shape[2:4]:
+        raise ValueError(
+            f"num_kv_heads ({num_kv_heads}) does not fit kv_cache {list(kv_cache.shape)}"
+        )
 
 
 @cache  # NumPy takes a microsecond to name a type, and a step samples with 18 arrays

@@ -238,6 +238,11 @@ def _refusals() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise RequestFailed(f"{error.code().name}: {error.details()}") from error
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # what protobuf has no room for: bytes that are no text
+        raise RequestFailed(f"INVALID_ARGUMENT: {error}") from error
 
 
 def _add_name(parser: argparse.ArgumentParser) -> None:

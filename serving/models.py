@@ -31,6 +31,12 @@ class ServedModel:
         """What requests are measured against."""
         return ModelLimits(self.info.vocab_size, self.info.max_context_tokens, self.defaults)
 
+    @property
+    def max_parallel(self) -> int:
+        """Requests that one call may have in the engine at a time: what is computed at a time, so that it fills no queue, and
+        no more than the queue takes at once, so that an idle engine refuses none of them."""
+        return min(self.info.max_running, self.info.max_waiting)
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         if len(text) < LONG_TEXT_CHARS:

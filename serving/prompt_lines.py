@@ -61,19 +61,19 @@ def run(client: Client, items: Iterable[Item], out: TextIO, *, concurrency: int)
     """Ask for all, write what comes of them. Returns how many failed. Closes the client if it is interrupted."""
     slots = Semaphore(concurrency * WINDOW)
     answers: SimpleQueue[Future[Json] | None] = SimpleQueue()
-    over = Event()  # nobody asks any more, or nobody writes
+    left, ended = Event(), Event()
     with ThreadPoolExecutor(concurrency) as pool, ThreadPoolExecutor(1) as writing:
-        writer = writing.submit(_write, answers, slots, over, out)
+        writer = writing.submit(_write, answers, slots, left, ended, out)
         try:
             for item in items:
                 slots.acquire()
-                if over.is_set():  # the writer failed; it may not be done yet
+                if ended.is_set():  # it failed: nobody reads any more
                     break
                 answers.put(pool.submit(answer, client, item))
             answers.put(None)
             return writer.result()
         except BaseException:
-            over.set()
+            left.set()
             client.close()  # ends what runs
             pool.shutdown(wait=False, cancel_futures=True)
             answers.put(None)
@@ -98,13 +98,17 @@ def answer(client: Client, item: Item) -> Json:
 
 
 def _write(
-    answers: "SimpleQueue[Future[Json] | None]", slots: Semaphore, over: Event, out: TextIO
+    answers: "SimpleQueue[Future[Json] | None]",
+    slots: Semaphore,
+    left: Event,
+    ended: Event,
+    out: TextIO,
 ) -> int:
     failed = 0
     try:
-        while (future := answers.get()) is not None and not over.is_set():
+        while (future := answers.get()) is not None and not left.is_set():
             record = future.result()
-            if over.is_set():  # what ends now was cut off
+            if left.is_set():  # what ends now was cut off
                 break
             failed += "error" in record
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -112,7 +116,7 @@ def _write(
             slots.release()
         return failed
     finally:
-        over.set()
+        ended.set()
         slots.release()  # whoever waits for a slot shall see that this has ended
 
 

@@ -124,9 +124,7 @@ class Server:
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
         server = grpc_server(self._config)
-        servicer = InferenceServicer(
-            self._models, self._running, stalled_reader_s=self._config.stalled_reader_s
-        )
+        servicer = InferenceServicer(self._models, self._running)
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.add_to(server, (SERVICE, HEALTH))

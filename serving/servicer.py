@@ -34,7 +34,7 @@ from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 from vivace.serving.running import Running, RunningRequests
-from vivace.serving.status import NotReady, SlowReader, details_of, status_of
+from vivace.serving.status import NotReady, details_of, status_of
 
 MAX_BATCH_ITEMS = 1024
 MAX_TEXTS = 256  # of one Embed or Score
@@ -43,15 +43,14 @@ MAX_WATCHERS = 64
 WATCH_MS = (10, 60_000)  # between two loads
 DEFAULT_WATCH_MS = 1000
 
+Places = dict[str, asyncio.Semaphore]  # by model: what one call may yet have in its engine
+
 
 class InferenceServicer(pb_grpc.InferenceServicer):
     """Implements `inference.proto`. The server fills `models` as they load."""
 
-    def __init__(
-        self, models: Models, running: RunningRequests, *, stalled_reader_s: float
-    ) -> None:
+    def __init__(self, models: Models, running: RunningRequests) -> None:
         self._models = models
-        self._stalled_reader_s = stalled_reader_s
         self._running = running
         self._started = time.monotonic()
         self._num_watchers = 0
@@ -71,21 +70,23 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     ) -> pb.GenerateUnaryResponse:
         """The continuations of a prompt, whole."""
         with self._run("GenerateUnary", request, context) as running:
-            return await self._whole(request, running)
+            return await self._whole(request, running, {})
 
     async def ChatUnary(
         self, request: pb.ChatRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateUnaryResponse:
         """The next turn of a conversation, whole."""
         with self._run("ChatUnary", request, context) as running:
-            return await self._whole(request, running)
+            return await self._whole(request, running, {})
 
     async def Batch(self, request: pb.BatchRequest, context: grpc.aio.ServicerContext) -> None:
         """Each item's outcome as it ends."""
         check_count("items", len(request.items), MAX_BATCH_ITEMS)
         with self._running.run("Batch", None, _deadline(context)) as running:
+            places: Places = {}
             outcomes = [
-                self._outcome(index, item, running) for index, item in enumerate(request.items)
+                self._outcome(index, item, running, places)
+                for index, item in enumerate(request.items)
             ]
             async with aclosing(merge(outcomes, max_parallel=self._max_parallel())) as responses:
                 async for response in responses:
@@ -234,18 +235,13 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         if self._num_watchers >= MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} callers are watching already")
         self._num_watchers += 1
-        limit_s = self._stalled_reader_s
         try:
-            await context.send_initial_metadata(())  # see `Running.write`
-            while True:
-                loads = convert.loads(await model.engine.loads())
-                try:
-                    await asyncio.wait_for(context.write(loads), limit_s)
-                except TimeoutError as error:
-                    raise SlowReader(f"the client has not read for {limit_s:g} s") from error
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
-                    raise NotReady("the server is draining")
+            with self._running.run("WatchLoads", None, _deadline(context)) as running:
+                while True:
+                    await running.write(context, convert.loads(await model.engine.loads()))
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._running.wait_draining(), interval_ms / 1e3)
+                        raise NotReady("the server is draining")
         finally:
             self._num_watchers -= 1
 
@@ -260,26 +256,28 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         return model
 
     def _max_parallel(self) -> int:
-        """Items of a batch that run at a time: what the engines compute at a time, so that a batch fills no queue."""
-        return sum(model.info.max_running for model in self._models.loaded.values()) or 1
+        """Items of a batch that run at a time; those of many replies wait for each other's places in the engine."""
+        return sum(model.max_parallel for model in self._models.loaded.values()) or 1
 
     async def _stream(
         self, rpc: str, request: convert.Request, context: grpc.aio.ServicerContext
     ) -> None:
         with self._run(rpc, request, context) as running:
-            num_left = request.sampling.n if request.sampling.HasField("n") else 1
-            async with aclosing(self._events(request, running)) as events:
+            num_left = request.sampling.n or 1
+            async with aclosing(self._events(request, running, {})) as events:
                 async for event in events:
                     num_left -= event.finish is not None
                     await running.write(context, convert.response(event), is_last=not num_left)
 
-    async def _whole(self, request: convert.Request, running: Running) -> pb.GenerateUnaryResponse:
-        async with aclosing(self._events(request, running)) as events:
+    async def _whole(
+        self, request: convert.Request, running: Running, places: Places
+    ) -> pb.GenerateUnaryResponse:
+        async with aclosing(self._events(request, running, places)) as events:
             found = [event async for event in events]
         return await convert.unary_response(running.id, found)
 
     async def _outcome(
-        self, index: int, item: pb.BatchItem, batch: Running
+        self, index: int, item: pb.BatchItem, batch: Running, places: Places
     ) -> AsyncGenerator[pb.BatchResponse]:
         """The one response to an item of a batch."""
         try:
@@ -290,7 +288,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             with self._running.run(
                 "Batch", optional(request, "request_id"), batch.deadline, is_part=True
             ) as running:
-                response = await self._whole(request, running)
+                response = await self._whole(request, running, places)
         except EngineError as error:
             code, details = status_of(error).value[0], details_of(error)
             failed = pb.BatchError(code=code, message=details)
@@ -299,7 +297,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             yield pb.BatchResponse(index=index, response=response)
 
     async def _events(
-        self, request: convert.Request, running: Running
+        self, request: convert.Request, running: Running, places: Places
     ) -> AsyncGenerator[TextEvent]:
         """One generation, from its protobuf to its last event."""
         model = self._accept(request)
@@ -322,8 +320,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         )
         echo = await _echo(model, request, token_ids, rules) if rules.echo else ""
         begun: set[int] = set()  # what the engine refuses may be tried again: nothing goes before
+        free = places.setdefault(model.name, asyncio.Semaphore(model.max_parallel))
         async with aclosing(
-            stream_replies(model.engine, model.tokenizer, wanted, rules=rules, replies=replies)
+            stream_replies(
+                model.engine, model.tokenizer, wanted, rules=rules, replies=replies, places=free
+            )
         ) as events:
             async for event in events:
                 running.entry.note(event)
@@ -352,7 +353,7 @@ def _call(model: ServedModel, options: pb.RequestOptions, running: Running) -> s
         running.deadline,
         options.cache_salt.encode(),
         options.priority,
-        model.info.max_running,
+        model.max_parallel,
     )
 
 

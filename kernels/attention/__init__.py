@@ -11,7 +11,7 @@ position 0, so a row's result depends on nothing but its own context. Rows past 
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_kv_cache
 
 SPLIT_TOKENS = 256
 
@@ -53,14 +53,12 @@ def check(
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     _, H, D = expect("q", q_THD, None, None, None)
     expect("out", out_THD, *q_THD.shape)
-    expect("kv_cache", kv_cache, None, 2, None, None, D)
     B, _ = expect("block_tables", block_tables_BX, None, None)
     expect("query_starts", query_starts, B + 1)
     expect("context_lens", context_lens_B, B)
-    if num_kv_heads not in kv_cache.shape[2:4] or H % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads ({num_kv_heads}) must divide {H} query heads and fit kv_cache {list(kv_cache.shape)}"
-        )
+    expect_kv_cache(kv_cache, num_kv_heads, D)
+    if H % num_kv_heads:
+        raise ValueError(f"num_kv_heads ({num_kv_heads}) must divide {H} query heads")
     for name, buffer in (
         ("block_tables", block_tables_BX),
         ("query_starts", query_starts),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
+from vivace.kernels.cpu.library import Array, Library, kv_type, optional_pointer, pointer
 
 MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
 
@@ -28,6 +28,7 @@ class Args(Structure):
         ("B", c_int64),
         ("X", c_int64),
         ("window", c_int64),
+        ("kv_type", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
     )
@@ -59,6 +60,16 @@ def bind(library: Library) -> Callable[..., None]:
             pointer, (out_THD, q_THD, kv_cache, block_tables_BX, query_starts, context_lens_B)
         )
         sizes = (T, H, num_kv_heads, kv_cache.shape[3], D, B, X)
-        call(Args(*pointers, optional_pointer(sinks_H), *sizes, window, scale, softcap))
+        call(
+            Args(
+                *pointers,
+                optional_pointer(sinks_H),
+                *sizes,
+                window,
+                kv_type(kv_cache),
+                scale,
+                softcap,
+            )
+        )
 
     return run

@@ -2,6 +2,8 @@
 
 import torch
 
+from vivace.kernels.kv_read.reference import widened
+
 
 def run(
     out_THD: torch.Tensor,
@@ -30,7 +32,7 @@ def run(
         blocks = block_tables_BX[b, begin // S : -(-end // S)].long()
         position = torch.arange(begin, end, device=q_THD.device)
         k, v = (
-            kv_cache[blocks, i]
+            widened(kv_cache[blocks, i], q_THD.shape[2])
             .flatten(0, 1)[position - begin // S * S]
             .transpose(0, 1)  # [G, positions, D]
             .repeat_interleave(H // num_kv_heads, dim=0)

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <utility>
 
+#include "kv.h"
 #include "math.h"
 #include "ops.h"
 #include "simd.h"
@@ -39,12 +40,15 @@ struct Tile {
 };
 
 // Up to kWidth positions of one block: `first..last-1` of the split.
+template <typename Element>
 struct Run {
-  const float *k, *v;
+  const Element *k, *v;
+  const uint8_t *k_scales, *v_scales;  // of int8
   int64_t first, last;
 };
 
 // What a thread has of a tile.
+template <typename Element>
 struct Work {
   alignas(64) float p[kPairs * kSplit];  // scores, then weights
   alignas(64) float q[kMaxD * kPairs];   // with the scale in it
@@ -53,16 +57,24 @@ struct Work {
   alignas(64) float total_acc[kPairs * kMaxD];
   State split[kPairs], group[kPairs], total[kPairs];
   int64_t low[kPairs], high[kPairs];  // the positions that a pair sees
-  Run runs[2][kSplit + 1];
+  alignas(64) float v_scales[kSplit];  // of int8
+  Run<Element> runs[2][kSplit + 1];
 };
 
+inline Vec scales_at(const uint8_t* p, int64_t count) {
+  Vec v = {};
+  std::memcpy(&v, p, size_t(count) * 4);
+  return v;
+}
+
 // q . K of two runs for R pairs. `ahead` is where K or V are read soon.
-template <int R>
-void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run* runs, const float* const* ahead) {
+template <int R, typename Element>
+void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run<Element>* runs,
+           const Element* const* ahead) {
   Vec sums[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec{};
-  const float *k0 = runs[0].k, *k1 = runs[1].k, *next0 = ahead[0], *next1 = ahead[1];
+  const Element *k0 = runs[0].k, *k1 = runs[1].k, *next0 = ahead[0], *next1 = ahead[1];
   const int64_t count0 = runs[0].last - runs[0].first, count1 = runs[1].last - runs[1].first;
   const auto step = [&](int64_t d, Vec v0, Vec v1) __attribute__((always_inline)) {
     __builtin_prefetch(next0 + d * a.S);
@@ -75,9 +87,15 @@ void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run* run
     }
   };
   if (count0 == kWidth && count1 == kWidth) {
-    for (int64_t d = 0; d < a.D; ++d) step(d, load(k0 + d * a.S), load(k1 + d * a.S));
+    for (int64_t d = 0; d < a.D; ++d) step(d, load_any(k0 + d * a.S), load_any(k1 + d * a.S));
   } else {
-    for (int64_t d = 0; d < a.D; ++d) step(d, load_first(k0 + d * a.S, count0), load_first(k1 + d * a.S, count1));
+    for (int64_t d = 0; d < a.D; ++d)
+      step(d, load_any_first(k0 + d * a.S, count0), load_any_first(k1 + d * a.S, count1));
+  }
+  if constexpr (Kv<Element>::kHasScales) {
+    const Vec scale0 = scales_at(runs[0].k_scales, count0), scale1 = scales_at(runs[1].k_scales, count1);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r][0] *= scale0, sums[r][1] *= scale1;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -87,9 +105,9 @@ void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run* run
 }
 
 // p . V over all runs for R pairs and C vectors of a head, of which `left` elements are there.
-template <int R, int C>
-void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* run, const Run* end, int64_t d,
-            const float* after) {
+template <int R, int C, typename Element>
+void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<Element>* run, const Run<Element>* end,
+            int64_t d, const Element* after) {
   Vec sums[R][C];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -98,13 +116,13 @@ void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* 
   const int64_t left = a.D - d;
   const auto rows = [&](auto load_last) __attribute__((always_inline)) {
     for (; run < end; ++run) {
-      const float* v = run->v + d;
-      const float* next = run + 2 < end ? run[2].v + d : after;
+      const Element* v = run->v + d;
+      const Element* next = run + 2 < end ? run[2].v + d : after;
       for (int64_t i = run->first; i < run->last; ++i, v += a.D, next += a.D) {
         Vec row[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          row[c] = c == C - 1 ? load_last(v + c * kWidth) : load(v + c * kWidth);
+          row[c] = c == C - 1 ? load_last(v + c * kWidth) : load_any(v + c * kWidth);
           __builtin_prefetch(next + c * kWidth);
         }
 #pragma GCC unroll 6
@@ -117,9 +135,9 @@ void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* 
     }
   };
   if (left >= C * kWidth) {
-    rows([](const float* x) { return load(x); });
+    rows([](const Element* x) { return load_any(x); });
   } else {
-    rows([left](const float* x) { return load_first(x, left - (C - 1) * kWidth); });
+    rows([left](const Element* x) { return load_any_first(x, left - (C - 1) * kWidth); });
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -128,38 +146,41 @@ void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* 
       store_first(acc + r * a.D + d + c * kWidth, sums[r][c], c == C - 1 ? left - c * kWidth : kWidth);
 }
 
-template <int R, int C = kColumns>
-void values_of(const cpu::AttentionArgs& a, const float* p, float* acc, const Run* run, const Run* end, int64_t d,
-               const float* after) {
+template <int R, typename Element, int C = kColumns>
+void values_of(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<Element>* run,
+               const Run<Element>* end, int64_t d, const Element* after) {
   if constexpr (C > 1) {
-    if (a.D - d <= (C - 1) * kWidth) return values_of<R, C - 1>(a, p, acc, run, end, d, after);
+    if (a.D - d <= (C - 1) * kWidth) return values_of<R, Element, C - 1>(a, p, acc, run, end, d, after);
   }
   values<R, C>(a, p, acc, run, end, d, after);
 }
 
-using Score = void(const cpu::AttentionArgs&, const float*, float*, const Run*, const float* const*);
-using Values = void(const cpu::AttentionArgs&, const float*, float*, const Run*, const Run*, int64_t, const float*);
-
-template <size_t... R>
-inline Score* score_for(int64_t rows, std::index_sequence<R...>) {
-  static constexpr Score* kAll[] = {score<int(R) + 1>...};
+template <typename Element, size_t... R>
+inline auto score_for(int64_t rows, std::index_sequence<R...>) {
+  static constexpr decltype(&score<1, Element>) kAll[] = {score<int(R) + 1, Element>...};
   return kAll[rows - 1];
 }
 
-template <size_t... R>
-inline Values* values_for(int64_t rows, std::index_sequence<R...>) {
-  static constexpr Values* kAll[] = {values_of<int(R) + 1>...};
+template <typename Element, size_t... R>
+inline auto values_for(int64_t rows, std::index_sequence<R...>) {
+  static constexpr decltype(&values_of<1, Element>) kAll[] = {values_of<int(R) + 1, Element>...};
   return kAll[rows - 1];
 }
 
 // The runs of positions begin..end-1 of one split, and one more that is the last again. Returns how many there are.
-int64_t find_runs(const cpu::AttentionArgs& a, const Tile& tile, Run* runs, int64_t begin, int64_t end) {
+template <typename Element>
+int64_t find_runs(const cpu::AttentionArgs& a, const Tile& tile, Run<Element>* runs, int64_t begin, int64_t end) {
+  const Kv<Element> kv{a.G, a.S, a.D};
+  const uint8_t* cache = static_cast<const uint8_t*>(a.kv_cache);
   int64_t count = 0;
   for (int64_t i = begin, next; i < end; i = next) {
     const int64_t offset = i % a.S;
     next = std::min({i - offset + a.S, i - offset % kWidth + kWidth, end});
-    const float* k = a.kv_cache + (int64_t(tile.table[i / a.S]) * 2 * a.G + tile.g) * a.S * a.D;
-    runs[count++] = {k + offset, k + (a.G * a.S + offset) * a.D, i % kSplit, i % kSplit + (next - i)};
+    const uint8_t* k = kv.plane(cache, tile.table[i / a.S], 0, tile.g);
+    const uint8_t* v = kv.plane(cache, tile.table[i / a.S], 1, tile.g);
+    const int64_t first = i % kSplit;
+    runs[count++] = {reinterpret_cast<const Element*>(k) + offset, reinterpret_cast<const Element*>(v) + offset * a.D,
+                     kv.scales(k) + offset * 4, kv.scales(v) + offset * 4, first, first + (next - i)};
   }
   if (count > 0) runs[count] = runs[count - 1];
   return count;
@@ -207,19 +228,25 @@ inline void join(State& total, float* total_acc, const State& next, const float*
 }
 
 // One split of a tile: into w.split and w.split_acc. `next` is the first run of the split after it.
-void attend_split(const cpu::AttentionArgs& a, const Tile& tile, Work& w, const Run* runs, int64_t num_runs,
-                  const Run& next, int64_t split) {
+template <typename Element>
+void attend_split(const cpu::AttentionArgs& a, const Tile& tile, Work<Element>& w, const Run<Element>* runs,
+                  int64_t num_runs, const Run<Element>& next, int64_t split) {
   for (int64_t i = 0; i < num_runs; i += 2) {
     for (int64_t r = 0, rows; r < tile.count; r += rows) {
       rows = tile.count - r > kRows && tile.count - r < 2 * kRows ? (tile.count - r + 1) / 2
                                                                   : std::min<int64_t>(tile.count - r, kRows);
-      const float* ahead[2];
+      const Element* ahead[2];
       for (int64_t j = 0; j < 2; ++j) {
         const int64_t soon = i + j + 2;
         ahead[j] = soon < num_runs ? runs[soon].k : runs[std::min(soon - num_runs, num_runs - 1)].v;
       }
-      score_for(rows, std::make_index_sequence<kRows>())(a, w.q + r, w.p + r * kSplit, runs + i, ahead);
+      score_for<Element>(rows, std::make_index_sequence<kRows>())(a, w.q + r, w.p + r * kSplit, runs + i, ahead);
     }
+  }
+  if constexpr (Kv<Element>::kHasScales) {
+    std::memset(w.v_scales, 0, sizeof w.v_scales);
+    for (int64_t i = 0; i < num_runs; ++i)
+      std::memcpy(w.v_scales + runs[i].first, runs[i].v_scales, size_t(runs[i].last - runs[i].first) * 4);
   }
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t low = std::max(w.low[r], split) - split, high = std::min(w.high[r], split + kSplit) - split;
@@ -228,19 +255,22 @@ void attend_split(const cpu::AttentionArgs& a, const Tile& tile, Work& w, const 
       w.split[r] = weigh(w.p + r * kSplit, a.softcap, low, high);
     else
       std::memset(w.p + r * kSplit, 0, size_t(kSplit) * 4);
+    if constexpr (Kv<Element>::kHasScales)
+      for (int64_t i = 0; i < kSplit; ++i) w.p[r * kSplit + i] *= w.v_scales[i];
   }
   for (int64_t r = 0, rows; r < tile.count; r += rows) {
     rows = tile.count - r > kValueRows && tile.count - r < 2 * kValueRows
                ? (tile.count - r + 1) / 2
                : std::min<int64_t>(tile.count - r, kValueRows);
-    Values* add_up = values_for(rows, std::make_index_sequence<kValueRows>());
+    const auto add_up = values_for<Element>(rows, std::make_index_sequence<kValueRows>());
     for (int64_t d = 0; d < a.D; d += kColumns * kWidth)
       add_up(a, w.p + r * kSplit, w.split_acc + r * a.D, runs, runs + num_runs, d, next.k);
   }
 }
 
 // The positions begin..end-1 of one group: into w.group and w.group_acc.
-void attend_group(const cpu::AttentionArgs& a, const Tile& tile, Work& w, int64_t begin, int64_t end) {
+template <typename Element>
+void attend_group(const cpu::AttentionArgs& a, const Tile& tile, Work<Element>& w, int64_t begin, int64_t end) {
   for (int64_t r = 0; r < tile.count; ++r) w.group[r] = {kLowest, 0};
   int side = 0;
   int64_t split = begin / kSplit * kSplit, to = std::min(split + kSplit, end);
@@ -248,7 +278,7 @@ void attend_group(const cpu::AttentionArgs& a, const Tile& tile, Work& w, int64_
   while (num_runs > 0) {
     const int64_t next_to = std::min(to + kSplit, end);
     const int64_t next_runs = find_runs(a, tile, w.runs[1 - side], to, next_to);
-    const Run& next = next_runs > 0 ? w.runs[1 - side][0] : w.runs[side][0];
+    const Run<Element>& next = next_runs > 0 ? w.runs[1 - side][0] : w.runs[side][0];
     attend_split(a, tile, w, w.runs[side], num_runs, next, split);
     for (int64_t r = 0; r < tile.count; ++r)
       join(w.group[r], w.group_acc + r * a.D, w.split[r], w.split_acc + r * a.D, a.D);
@@ -265,7 +295,8 @@ inline int64_t row_of(const cpu::AttentionArgs& a, const Tile& tile, int64_t r) 
   return (a.query_starts[tile.b] + pair / heads) * a.H + tile.g * heads + pair % heads;
 }
 
-void begin_tile(const cpu::AttentionArgs& a, const Tile& tile, Work& w) {
+template <typename Element>
+void begin_tile(const cpu::AttentionArgs& a, const Tile& tile, Work<Element>& w) {
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t row = row_of(a, tile, r);
     for (int64_t d = 0; d < a.D; ++d) w.q[d * kPairs + r] = a.q[row * a.D + d] * a.scale;
@@ -276,7 +307,8 @@ void begin_tile(const cpu::AttentionArgs& a, const Tile& tile, Work& w) {
 }
 
 // A sink is a logit without a value.
-void end_tile(const cpu::AttentionArgs& a, const Tile& tile, Work& w) {
+template <typename Element>
+void end_tile(const cpu::AttentionArgs& a, const Tile& tile, Work<Element>& w) {
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t row = row_of(a, tile, r);
     const State& total = w.total[r];
@@ -313,6 +345,7 @@ struct Job {
   const cpu::AttentionArgs& a;
   float* scratch;  // of each tile's groups, or null: a tile's groups are one thread's
   std::atomic<int64_t>* next;
+  int64_t count;  // of items
 };
 
 struct Item {
@@ -339,7 +372,8 @@ void each_item(const Job& job, Visit visit) {
       }
 }
 
-void attend_item(const cpu::AttentionArgs& a, const Item& item, Work& w) {
+template <typename Element>
+void attend_item(const cpu::AttentionArgs& a, const Item& item, Work<Element>& w) {
   const Tile& tile = item.tile;
   begin_tile(a, tile, w);
   const int64_t first = tile.begin / kGroup + item.group, last = item.partial ? first + 1 : (tile.end + kGroup - 1) / kGroup;
@@ -360,10 +394,12 @@ void attend_item(const cpu::AttentionArgs& a, const Item& item, Work& w) {
 }
 
 // Each thread takes the next item that nobody has: contexts differ in length.
+template <typename Element>
 void take_items(const void* args, int64_t, int64_t) {
   const Job& job = *static_cast<const Job*>(args);
-  Work w;
   int64_t mine = job.next->fetch_add(1, std::memory_order_relaxed);
+  if (mine >= job.count) return;
+  Work<Element> w;
   each_item(job, [&](int64_t number, const Item& item) {
     if (number != mine) return;
     attend_item(job.a, item, w);
@@ -372,9 +408,10 @@ void take_items(const void* args, int64_t, int64_t) {
 }
 
 // What the groups of a tile make together.
+template <typename Element>
 void join_groups(const Job& job) {
   const cpu::AttentionArgs& a = job.a;
-  Work w;
+  Work<Element> w;
   each_item(job, [&](int64_t, const Item& item) {
     if (item.group == 0) begin_tile(a, item.tile, w);
     for (int64_t r = 0; r < item.tile.count; ++r) {
@@ -385,12 +422,13 @@ void join_groups(const Job& job) {
   });
 }
 
+template <typename Element>
 void attend(cpu::Pool& pool, const cpu::AttentionArgs& a) {
   const int64_t used = a.B > 0 ? a.query_starts[a.B] : 0;
-  std::memset(a.out + used * a.H * a.D, 0, size_t((a.T - used) * a.H * a.D) * 4);  // rows of nobody
+  if (a.T > used) std::memset(a.out + used * a.H * a.D, 0, size_t((a.T - used) * a.H * a.D) * 4);  // rows of nobody
   std::atomic<int64_t> next{0};
   int64_t num_tiles = 0, num_groups = 0, floats = 0, work = 0;
-  each_item({a, nullptr, &next}, [&](int64_t, const Item& item) {
+  each_item({a, nullptr, &next, 0}, [&](int64_t, const Item& item) {
     const Tile& tile = item.tile;
     ++num_tiles;
     num_groups += groups_of(tile);
@@ -399,12 +437,15 @@ void attend(cpu::Pool& pool, const cpu::AttentionArgs& a) {
   });
   float scratch[kScratch];
   const bool is_by_group = num_tiles < 32 && num_groups > num_tiles && floats <= kScratch;
-  const Job job{a, is_by_group ? scratch : nullptr, &next};
   const int64_t count = is_by_group ? num_groups : num_tiles;
-  pool.for_range(count, work < kSmall ? count : 1, take_items, &job);
-  if (is_by_group) join_groups(job);
+  const Job job{a, is_by_group ? scratch : nullptr, &next, count};
+  pool.for_range(count, work < kSmall ? count : 1, take_items<Element>, &job);
+  if (is_by_group) join_groups<Element>(job);
 }
 
 }  // namespace
 
-void cpu::VIVACE_ISA(attention)(Pool& pool, const AttentionArgs& a) { attend(pool, a); }
+void cpu::VIVACE_ISA(attention)(Pool& pool, const AttentionArgs& a) {
+  constexpr void (*kAttend[])(Pool&, const AttentionArgs&) = {attend<float>, attend<uint16_t>, attend<int8_t>};
+  kAttend[a.kv_type](pool, a);  // in the order of KvType
+}

@@ -30,6 +30,11 @@ def optional_pointer(array: Array | None) -> int | None:
     return None if array is None else pointer(array)
 
 
+def kv_type(cache: Array) -> int:
+    """The library's number of a cache's element type: `cpu::KvType` of kernels/cpu/kv.h."""
+    return ("float32", "uint16", "int8").index(cache.dtype.name)
+
+
 _Number = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_double
 
 

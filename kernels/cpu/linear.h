@@ -32,21 +32,13 @@ struct Matrix {
   int64_t K;
 };
 
-inline Vec load_weight(const float* p) { return load(p); }
-inline Vec load_weight(const uint16_t* p) { return load_bf16(p); }
-inline Vec load_weight_first(const float* p, int64_t count) { return load_first(p, count); }
-inline Vec load_weight_first(const uint16_t* p, int64_t count) {
-  uint16_t some[kWidth] = {};
-  std::memcpy(some, p, size_t(count) * 2);
-  return load_bf16(some);
-}
-
 // R rows of x by C rows of W, inputs begin..end-1: R * C vectors of sums, `saved` between the blocks of inputs.
 template <int R, int C, typename Weight>
 void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, int64_t begin, int64_t end, Vec* saved) {
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = rows.x[first + r];
   const Weight* w = m.weight + n * m.K;
+  const Weight* ahead = first == 0 ? w + C * m.K : w;  // the rows of W that come next: each is a stream too short to be foreseen
   Vec sum[R * C];
 #pragma GCC unroll 24
   for (int i = 0; i < R * C; ++i) sum[i] = begin > 0 ? saved[i] : Vec{};
@@ -54,7 +46,10 @@ void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, i
   for (; k + kWidth <= end; k += kWidth) {
     Vec wv[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) wv[c] = load_weight(w + c * m.K + k);
+    for (int c = 0; c < C; ++c) {
+      wv[c] = load_any(w + c * m.K + k);
+      __builtin_prefetch(ahead + c * m.K + k);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec xv = load(x[r] + k);
@@ -68,7 +63,7 @@ void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, i
       const Vec xv = load_first(x[r] + k, end - k);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c)
-        sum[r * C + c] = fma(xv, load_weight_first(w + c * m.K + k, end - k), sum[r * C + c]);
+        sum[r * C + c] = fma(xv, load_any_first(w + c * m.K + k, end - k), sum[r * C + c]);
     }
   }
   if (end < m.K) {

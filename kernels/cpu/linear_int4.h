@@ -3,8 +3,8 @@
 //   y[n] = scale * (sum over groups, in order, of d[n, group] * (int32 sum of q * w)  -  zero * sum[n]) + bias[n]
 //
 // The int32 sums are exact, and every other step is one rounding, so that all instruction sets give the same bits.
-// Few rows are bound by reading W. From kPanelFrom rows on, multiplying is the bound: a block of a tile is unpacked to bytes once,
-// into the thread's stack (36 KB, and 16 KB of sums), and all rows pass by it.
+// Few rows are bound by reading W. From kPanelFrom rows on, multiplying is the bound: a block of a tile is unpacked to bytes
+// once, into the thread's stack (36 KB, and 16 KB of sums), and all rows pass by it.
 //
 // `Sums` is an instruction set's:
 //   template <int R> static void rows(out, q, stride, m, tile) gives out[R][32] = the sums over groups, fp32.

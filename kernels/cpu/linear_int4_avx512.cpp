@@ -81,8 +81,8 @@ struct Sums {
 
   // Inlined, its sums would be on the stack too.
   template <int R>
-  [[gnu::noinline]] static void add(float (*out)[kTile], const uint8_t* q, int64_t stride, const Panel& panel, const Int4Matrix& m,
-                  Block block, Ahead ahead) {
+  [[gnu::noinline]] static void add(float (*out)[kTile], const uint8_t* q, int64_t stride, const Panel& panel,
+                                    const Int4Matrix& m, Block block, Ahead ahead) {
     if (block.first == 0) std::memset(out, 0, R * sizeof *out);
     for (int64_t g = 0; g < block.end - block.first; ++g) {
       const uint8_t* x = q + g * m.group;

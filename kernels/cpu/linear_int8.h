@@ -25,19 +25,25 @@ template <class Sums>
 struct LinearInt8 {
   template <int R>
   static void step(const cpu::LinearInt8Args& a, const Int8Matrix& m, int64_t tile, int64_t t) {
-    alignas(64) int32_t sums[R][kTile];
-    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m.tile(tile), a.K);
     const int64_t first = tile * kTile, count = std::min(kTile, a.N - first);
     const int32_t* columns = m.sums() + first;
     const float* scales = m.scales() + first;
+    for (int64_t n = 0; n < kTile; n += 16) {  // needed at the end of the tile, and not in its stream
+      __builtin_prefetch(columns + n);
+      __builtin_prefetch(scales + n);
+    }
+    if constexpr (R > 8)  // fewer are waiting for W as it is
+      for (int r = 0; r < R; ++r)
+        for (int64_t n = 0; n < count; n += 16) __builtin_prefetch(a.out + (t + r) * a.N + first + n, 1);
+    alignas(64) int32_t sums[R][kTile];
+    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m.tile(tile), a.K);
     for (int r = 0; r < R; ++r) {
       const float scale = a.params[2 * (t + r)];
       const int32_t zero = int32_t(a.params[2 * (t + r) + 1]);
-      float* out = a.out + (t + r) * a.N + first;
-      for (int64_t n = 0; n < count; ++n) {
-        const float y = float(sums[r][n] - zero * columns[n]) * (scale * scales[n]);
-        out[n] = a.bias ? y + a.bias[first + n] : y;
-      }
+      float y[kTile];  // whole, for the compiler to vectorise: sums and scales are padded
+      for (int64_t n = 0; n < kTile; ++n) y[n] = float(sums[r][n] - zero * columns[n]) * (scale * scales[n]);
+      for (int64_t n = 0; a.bias && n < count; ++n) y[n] += a.bias[first + n];
+      std::memcpy(a.out + (t + r) * a.N + first, y, size_t(count) * 4);
     }
   }
 
@@ -47,10 +53,7 @@ struct LinearInt8 {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t t = 0;
       for (int64_t left; (left = a.T - t) > 0;) {
-        if (Sums::kHas16 && left == 16) {
-          step<16>(a, m, tile, t);
-          t += 16;
-        } else if (left >= Sums::kMostRows) {
+        if (left >= Sums::kMostRows && (Sums::kMostRows <= 8 || left != 16)) {  // 16 are 8 and 8, not 12 and 4
           step<Sums::kMostRows>(a, m, tile, t);
           t += Sums::kMostRows;
         } else if (Sums::kMostRows > 8 && left >= 8) {

@@ -50,7 +50,6 @@ inline void sum(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const i
 
 struct Sums {
   static constexpr int kMostRows = 3;  // 12 sums, 3 vectors of rows and one of weights: all 16 registers
-  static constexpr bool kHas16 = false;
 
   template <int R>
   static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K) {

@@ -4,23 +4,22 @@
 
 namespace {
 
-// C vectors of 16 outputs, from `w` on, for R rows.
-template <int R, int C>
+template <int R>
 inline void sum(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K) {
-  __m512i sums[R][C];
-#pragma GCC unroll 16
+  __m512i sums[R][2];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_si512();
+    for (int c = 0; c < 2; ++c) sums[r][c] = _mm512_setzero_si512();
   const auto step = [&](const int8_t* at, const auto& word_at) __attribute__((always_inline)) {
-    __m512i v[C];
+    __m512i v[2];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) v[c] = _mm512_loadu_si512(at + 64 * c);
-#pragma GCC unroll 16
+    for (int c = 0; c < 2; ++c) v[c] = _mm512_loadu_si512(at + 64 * c);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512i x = _mm512_set1_epi32(int(word_at(q + r * stride)));
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) {
+      for (int c = 0; c < 2; ++c) {
         sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, v[c]);
         asm("" : "+v"(sums[r][c]));  // gcc 12 would keep them on the stack
       }
@@ -29,7 +28,7 @@ inline void sum(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const i
   int64_t k = 0;
   for (; k + 4 <= K; k += 4) {
     const int8_t* at = w + k * kTile;
-    for (int c = 0; c < C; ++c) _mm_prefetch(reinterpret_cast<const char*>(at) + 2048 + 64 * c, _MM_HINT_T0);
+    for (int c = 0; c < 2; ++c) _mm_prefetch(reinterpret_cast<const char*>(at) + 2048 + 64 * c, _MM_HINT_T0);
     step(at, [k](const uint8_t* row) {
       uint32_t four;
       std::memcpy(&four, row + k, 4);
@@ -37,24 +36,18 @@ inline void sum(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const i
     });
   }
   if (k < K) step(w + k * kTile, [k, K](const uint8_t* row) { return word(row + k, K - k); });
-#pragma GCC unroll 16
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) _mm512_store_si512(out[r] + 16 * c, sums[r][c]);
+    for (int c = 0; c < 2; ++c) _mm512_store_si512(out[r] + 16 * c, sums[r][c]);
 }
 
 struct Sums {
   static constexpr int kMostRows = 12;  // 24 sums, 2 vectors of weights and one of a row: 27 of 32 registers
-  static constexpr bool kHas16 = true;
 
   template <int R>
   static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K) {
-    if constexpr (R <= kMostRows) {
-      sum<R, 2>(out, q, stride, w, K);
-    } else {  // half the outputs at a time, so that W is still read once
-      sum<R, 1>(out, q, stride, w, K);
-      sum<R, 1>(reinterpret_cast<int32_t(*)[kTile]>(out[0] + 16), q, stride, w + 64, K);
-    }
+    sum<R>(out, q, stride, w, K);
   }
 };
 

@@ -4,7 +4,6 @@ namespace {
 
 struct Sums {
   static constexpr int kMostRows = 1;
-  static constexpr bool kHas16 = false;
 
   template <int R>
   static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t, const int8_t* w, int64_t K) {

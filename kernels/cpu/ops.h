@@ -1,6 +1,6 @@
 // The C ABI: one packed struct and one function per op. kernels/<op>/cpu.py has the same struct; loading compares sizes.
 // Mathematics, shapes and ties: kernels/<op>/__init__.py. All arrays are dense and row-major; fp32 unless a type says other.
-// The KV cache is [N blocks, 2, G KV heads, ...]: of K [D, S tokens], so that a query meets a vector of tokens, of V [S, D].
+// The KV cache: kv.h. `kv_type` is the type of its elements.
 #pragma once
 #include <cstdint>
 
@@ -80,7 +80,7 @@ struct RopeTableArgs {
 };
 struct RopeKvWriteArgs {
   float* q;              // [T, H, D]
-  float* kv_cache;       // [N, 2, G, ...]
+  void* kv_cache;        // kv.h
   const float* qkv;      // [T, (H + 2G) * D]
   const float* cos_sin;  // [T, R]
   const int32_t* slots;  // [T]
@@ -88,18 +88,20 @@ struct RopeKvWriteArgs {
   const float* k_norm;   // [D], [G * D] or null
   int64_t T, H, G, S, D, R;
   int64_t is_row_norm;  // 1: the norms are over all heads of a row
+  int64_t kv_type;
   float eps;
 };
 struct AttentionArgs {
   float* out;                   // [T, H, D]
   const float* q;               // [T, H, D]
-  const float* kv_cache;        // [N, 2, G, ...]
+  const void* kv_cache;         // kv.h
   const int32_t* block_tables;  // [B, X]
   const int32_t* query_starts;  // [B + 1]
   const int32_t* context_lens;  // [B]
   const float* sinks;           // [H] or null
   int64_t T, H, G, S, D, B, X;
   int64_t window;  // 0: none
+  int64_t kv_type;
   float scale, softcap;  // softcap 0: none
 };
 struct GatedArgs {
@@ -188,9 +190,10 @@ struct LogprobsArgs {
 struct KvReadArgs {
   float* k;               // [T, G, D]
   float* v;               // [T, G, D]
-  const float* kv_cache;  // [N, 2, G, ...]
+  const void* kv_cache;   // kv.h
   const int32_t* slots;   // [T]
   int64_t T, G, S, D;
+  int64_t kv_type;
 };
 #pragma pack(pop)
 

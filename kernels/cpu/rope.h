@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kv.h"
 #include "math.h"
 #include "ops.h"
 
@@ -53,6 +54,7 @@ void write_head(float* out, const float* x, int64_t h, const float* norm, float 
   rotate(out, head, cos_sin, a.D, a.R);
 }
 
+template <typename Element>
 void write_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = *static_cast<const cpu::RopeKvWriteArgs*>(args);
   for (int64_t t = begin; t < end; ++t) {
@@ -64,21 +66,24 @@ void write_rows(const void* args, int64_t begin, int64_t end) {
       write_head(a.q + (t * a.H + h) * a.D, q, h, a.q_norm, q_scale, cos_sin, a);
     if (a.slots[t] < 0) continue;
     const int64_t block = a.slots[t] / a.S, offset = a.slots[t] % a.S;
-    float* cached = a.kv_cache + block * 2 * a.G * a.S * a.D;
+    const Kv<Element> kv{a.G, a.S, a.D};
+    uint8_t* cache = static_cast<uint8_t*>(a.kv_cache);
     const float row_scale = a.k_norm && a.is_row_norm ? norm_scale(k, a.G * a.D, a.eps) : 0.0f;
-    for (int64_t g = 0; g < a.G; ++g, cached += a.S * a.D) {
+    for (int64_t g = 0; g < a.G; ++g) {
       float rotated[kMaxD];
       write_head(rotated, k, g, a.k_norm, row_scale, cos_sin, a);
-      for (int64_t d = 0; d < a.D; ++d) cached[d * a.S + offset] = rotated[d];
+      put_token(kv, kv.plane(cache, block, 0, g), offset, a.S, offset, rotated);
+      put_token(kv, kv.plane(cache, block, 1, g), offset * a.D, 1, offset, v + g * a.D);
     }
-    for (int64_t g = 0; g < a.G; ++g, cached += a.S * a.D)
-      std::memcpy(cached + offset * a.D, v + g * a.D, size_t(a.D) * 4);
   }
 }
+
+// In the order of KvType.
+constexpr cpu::Task* kWrite[] = {write_rows<float>, write_rows<uint16_t>, write_rows<int8_t>};
 
 }  // namespace
 
 namespace cpu {
 void VIVACE_ISA(rope_table)(Pool& pool, const RopeTableArgs& a) { pool.for_range(a.T, 8, table_rows, &a); }
-void VIVACE_ISA(rope_kv_write)(Pool& pool, const RopeKvWriteArgs& a) { pool.for_range(a.T, 4, write_rows, &a); }
+void VIVACE_ISA(rope_kv_write)(Pool& pool, const RopeKvWriteArgs& a) { pool.for_range(a.T, 4, kWrite[a.kv_type], &a); }
 }  // namespace cpu

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstring>
 
+#include "kv.h"
 #include "math.h"
 #include "ops.h"
 
@@ -19,15 +20,12 @@ void norm_row(float* out, const float* x, const float* weight, int64_t M, float 
   for (int64_t m = 0; m < M; ++m) out[m] = x[m] * scale * weight[m];
 }
 
-inline float upcast(float x) { return x; }
-inline float upcast(uint16_t x) { return float_of(uint32_t(x) << 16); }
-
 template <typename Element>
 void embed_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::EmbedArgs>(args);
   for (int64_t t = begin; t < end; ++t) {
     const Element* row = static_cast<const Element*>(a.table) + int64_t(a.tokens[t]) * a.M;
-    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = upcast(row[m]) * a.scale;
+    for (int64_t m = 0; m < a.M; ++m) a.out[t * a.M + m] = from_element(row[m]) * a.scale;
   }
 }
 
@@ -51,17 +49,21 @@ void add_norm_rows(const void* args, int64_t begin, int64_t end) {
   }
 }
 
+template <typename Element>
 void read_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::KvReadArgs>(args);
+  const Kv<Element> kv{a.G, a.S, a.D};
+  const uint8_t* cache = static_cast<const uint8_t*>(a.kv_cache);
   for (int64_t t = begin; t < end; ++t)
     for (int64_t g = 0; g < a.G; ++g) {
-      const int64_t block = a.slots[t] / a.S, offset = a.slots[t] % a.S;
-      const float* k = a.kv_cache + (block * 2 * a.G + g) * a.S * a.D;
-      const float* v = k + a.G * a.S * a.D + offset * a.D;
-      for (int64_t d = 0; d < a.D; ++d) a.k[(t * a.G + g) * a.D + d] = k[d * a.S + offset];
-      std::memcpy(a.v + (t * a.G + g) * a.D, v, size_t(a.D) * 4);
+      const int64_t block = a.slots[t] / a.S, offset = a.slots[t] % a.S, at = (t * a.G + g) * a.D;
+      get_token(kv, kv.plane(cache, block, 0, g), offset, a.S, offset, a.k + at);
+      get_token(kv, kv.plane(cache, block, 1, g), offset * a.D, 1, offset, a.v + at);
     }
 }
+
+// In the order of KvType.
+constexpr cpu::Task* kRead[] = {read_rows<float>, read_rows<uint16_t>, read_rows<int8_t>};
 
 }  // namespace
 
@@ -72,5 +74,5 @@ void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) {
 void VIVACE_ISA(take_rows)(Pool& pool, const TakeRowsArgs& a) { pool.for_range(a.R, 64, taken_rows, &a); }
 void VIVACE_ISA(rmsnorm)(Pool& pool, const RmsnormArgs& a) { pool.for_range(a.T, 8, norm_rows, &a); }
 void VIVACE_ISA(add_rmsnorm)(Pool& pool, const AddRmsnormArgs& a) { pool.for_range(a.T, 8, add_norm_rows, &a); }
-void VIVACE_ISA(kv_read)(Pool& pool, const KvReadArgs& a) { pool.for_range(a.T, 64, read_rows, &a); }
+void VIVACE_ISA(kv_read)(Pool& pool, const KvReadArgs& a) { pool.for_range(a.T, 64, kRead[a.kv_type], &a); }
 }  // namespace cpu

@@ -31,10 +31,29 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
   Shorts v;
   std::memcpy(&v, p, sizeof v);
   return (Vec)(__builtin_convertvector(v, Ints) << 16);
+#endif
+}
+
+inline Vec load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+  Bytes v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(__builtin_convertvector(v, Ints), Vec);
+#endif
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -107,6 +126,19 @@ inline Vec load_first(const float* p, int64_t count) {
 #endif
 }
 
+// Elements of any type, as floats.
+inline Vec load_any(const float* p) { return load(p); }
+inline Vec load_any(const uint16_t* p) { return load_bf16(p); }
+inline Vec load_any(const int8_t* p) { return load_int8(p); }
+inline Vec load_any_first(const float* p, int64_t count) { return load_first(p, count); }
+
+template <typename Element>
+inline Vec load_any_first(const Element* p, int64_t count) {
+  Element some[kWidth] = {};
+  std::memcpy(some, p, size_t(count < kWidth ? count : kWidth) * sizeof(Element));
+  return load_any(some);
+}
+
 inline void store_first(float* p, Vec v, int64_t count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, __mmask16(count >= 16 ? 0xffff : (1u << count) - 1), v);
@@ -119,15 +151,9 @@ inline void store_first(float* p, Vec v, int64_t count) {
 
 // Halves onto each other until one is left: one order for each width.
 inline float add_all(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-  float x[kWidth];
-  std::memcpy(x, &v, sizeof v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
-#endif
+#pragma GCC unroll 4
+  for (int n = kWidth / 2; n > 0; n /= 2) v += __builtin_shuffle(v, lanes() + n);
+  return v[0];
 }
 
 // `add_all` of each of N vectors.
@@ -160,13 +186,12 @@ inline void add_each(const Vec* v, float* sums) {
 }
 
 inline float greatest(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(v);
-#else
-  float most = v[0];
-  for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-#endif
+#pragma GCC unroll 4
+  for (int n = kWidth / 2; n > 0; n /= 2) {
+    const Vec other = __builtin_shuffle(v, lanes() + n);
+    v = other > v ? other : v;
+  }
+  return v[0];
 }
 
 // e^x for x <= 88, within 2 ulp down to -87, 0 from -110 on at the latest and never less; a NaN stays one.

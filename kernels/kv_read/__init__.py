@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_kv_cache
 
 
 class Run(Protocol):
@@ -22,9 +22,7 @@ def check(k_TGD: Buffer, v_TGD: Buffer, kv_cache: Buffer, slots_T: Buffer) -> No
     T, G, D = expect("k", k_TGD, None, None, None)
     expect("v", v_TGD, T, G, D)
     expect("slots", slots_T, T)
-    expect("kv_cache", kv_cache, None, 2, None, None, D)
-    if G not in kv_cache.shape[2:4]:
-        raise ValueError(f"k {list(k_TGD.shape)} does not fit kv_cache {list(kv_cache.shape)}")
+    expect_kv_cache(kv_cache, G, D)
     expect_dtype("slots", slots_T, "int32")
     expect_dtype("k", k_TGD, "float32")
     expect_dtype("v", v_TGD, "float32")

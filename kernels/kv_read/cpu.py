@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, pointer
+from vivace.kernels.cpu.library import Array, Library, kv_type, pointer
 
 
 class Args(Structure):
@@ -19,6 +19,7 @@ class Args(Structure):
         ("G", c_int64),
         ("S", c_int64),
         ("D", c_int64),
+        ("kv_type", c_int64),
     )
 
 
@@ -34,6 +35,6 @@ def bind(library: Library) -> Callable[..., None]:
     ) -> None:
         T, G, D = k_TGD.shape
         pointers = map(pointer, (k_TGD, v_TGD, kv_cache, slots_T))
-        call(Args(*pointers, T, G, kv_cache.shape[3], D))
+        call(Args(*pointers, T, G, kv_cache.shape[3], D, kv_type(kv_cache)))
 
     return run

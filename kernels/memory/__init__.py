@@ -14,7 +14,7 @@ class Memory(Protocol):
         ...
 
     def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        """The first elements of a one-dimensional buffer, as `shape`; shares its memory."""
+        """The first elements of a buffer, as `shape`; shares its memory."""
         ...
 
     def upload(self, array: Any) -> Buffer:

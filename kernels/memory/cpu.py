@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.kernels.buffer import DType
+from vivace.kernels.buffer import SCALE_BYTES, DType
 from vivace.kernels.cpu.library import Library
 from vivace.kernels.quantized import Quantized
 
@@ -56,8 +56,8 @@ class CpuMemory:
         return raw[start : start + size].view(DTYPES[dtype]).reshape(shape)
 
     def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
-        """The first elements of a one-dimensional array, as `shape`."""
-        return buffer[: prod(shape)].reshape(shape)
+        """The first elements of an array, as `shape`."""
+        return buffer.reshape(-1)[: prod(shape)].reshape(shape)
 
     def upload(self, array: Array) -> Array:
         """The array itself."""
@@ -87,10 +87,12 @@ class CpuMemory:
     def kv_cache(
         self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
     ) -> Array:
-        """[N, 2, G, S, D], zeroed, but K of a block is [D, S] in memory; that is taken when a block is first written."""
-        shape = (num_blocks, 2, num_kv_heads, block_tokens, head_dim)
-        raw = huge(prod(shape) * np.dtype(DTYPES[dtype]).itemsize)
-        return raw.view(DTYPES[dtype]).reshape(shape)
+        """[N, 2, G, S, D], zeroed; in memory it is as kernels/cpu/kv.h says, that is taken when a block is first written."""
+        width = head_dim + SCALE_BYTES if dtype is DType.INT8 else head_dim
+        shape = (num_blocks, 2, num_kv_heads, block_tokens, width)
+        kind = np.int8 if dtype is DType.INT8 else DTYPES[dtype]
+        raw = huge(prod(shape) * np.dtype(kind).itemsize)
+        return raw.view(kind).reshape(shape)
 
 
 def huge(num_bytes: int) -> Array:

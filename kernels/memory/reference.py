@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vivace.kernels.buffer import DType
+from vivace.kernels.buffer import SCALE_BYTES, DType
 from vivace.kernels.quantized import Quantized
 
 DTYPES = {
@@ -41,11 +41,11 @@ class TorchMemory:
         return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
 
     def view(self, buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """The first elements of a one-dimensional tensor, as `shape`."""
+        """The first elements of a tensor, as `shape`."""
         count = 1
         for size in shape:
             count *= size
-        return buffer[:count].view(shape)
+        return buffer.view(-1)[:count].view(shape)
 
     def upload(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """A copy on the device; uint16 stands for bf16."""
@@ -69,5 +69,8 @@ class TorchMemory:
         self, num_blocks: int, block_tokens: int, num_kv_heads: int, head_dim: int, dtype: DType
     ) -> torch.Tensor:
         """[N, 2, S, G, D], zeroed."""
-        shape = (num_blocks, 2, block_tokens, num_kv_heads, head_dim)
-        return torch.zeros(shape, dtype=DTYPES[dtype], device=self._device)
+        is_int8 = dtype is DType.INT8
+        width = head_dim + SCALE_BYTES if is_int8 else head_dim
+        shape = (num_blocks, 2, block_tokens, num_kv_heads, width)
+        kind = torch.int8 if is_int8 else DTYPES[dtype]
+        return torch.zeros(shape, dtype=kind, device=self._device)

@@ -4,11 +4,14 @@ A row of qkv is H query heads, then G key heads, then G value heads, each of D. 
 when their weights are given: over each head, or over the whole row of all heads (OLMo 2, arXiv:2501.00656). Rotation pairs
 element i with i + R/2 of the first R = cos_sin.shape[1] elements of a head (Hugging Face's rotate_half); the rest pass, all of
 them where R is 0. Slot = block * S + offset; a negative slot is not written.
+
+A cache of bf16 or int8 takes the nearest, halves to even; int8 with a scale per token and KV head, of K and of V: max|x| / 127
+(1 if all are 0), q = round(x * (1 / scale)) in -127..127, all in fp32.
 """
 
 from typing import Protocol
 
-from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.buffer import Buffer, expect, expect_dtype, expect_kv_cache
 
 
 class Run(Protocol):
@@ -48,11 +51,9 @@ def check(
     expect("slots", slots_T, T)
     if R > D or R % 2:
         raise ValueError(f"cos_sin must have an even number of columns up to {D}, got {R}")
-    expect("kv_cache", kv_cache, None, 2, None, None, D)
-    if num_kv_heads not in kv_cache.shape[2:4] or H % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads ({num_kv_heads}) must divide {H} query heads and fit kv_cache {list(kv_cache.shape)}"
-        )
+    expect_kv_cache(kv_cache, num_kv_heads, D)
+    if H % num_kv_heads:
+        raise ValueError(f"num_kv_heads ({num_kv_heads}) must divide {H} query heads")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm are given together or not at all")
     if q_norm is not None and k_norm is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int64, c_void_p
 
-from vivace.kernels.cpu.library import Array, Library, optional_pointer, pointer
+from vivace.kernels.cpu.library import Array, Library, kv_type, optional_pointer, pointer
 
 MAX_HEAD_DIM = 1024  # the size of arrays on the stack in C++
 
@@ -27,6 +27,7 @@ class Args(Structure):
         ("D", c_int64),
         ("R", c_int64),
         ("is_row_norm", c_int64),
+        ("kv_type", c_int64),
         ("eps", c_float),
     )
 
@@ -54,6 +55,10 @@ def bind(library: Library) -> Callable[..., None]:
         pointers = map(pointer, (q_THD, kv_cache, qkv_TX, cos_sin_TR, slots_T))
         norms = map(optional_pointer, (q_norm, k_norm))
         is_row_norm = q_norm is not None and len(q_norm) != D
-        call(Args(*pointers, *norms, T, H, num_kv_heads, S, D, R, is_row_norm, eps))
+        call(
+            Args(
+                *pointers, *norms, T, H, num_kv_heads, S, D, R, is_row_norm, kv_type(kv_cache), eps
+            )
+        )
 
     return run

@@ -2,6 +2,7 @@
 
 import torch
 
+from vivace.kernels.kv_read.reference import narrowed
 from vivace.kernels.rmsnorm.reference import normed
 
 
@@ -26,8 +27,9 @@ def run(
     q_THD.copy_(_rotated(q, cos_sin_TR))
     written = slots_T >= 0
     slots = slots_T[written].long()
-    kv_cache[slots // S, 0, slots % S] = _rotated(k, cos_sin_TR)[written]
-    kv_cache[slots // S, 1, slots % S] = v[written]
+    rotated = _rotated(k, cos_sin_TR)
+    kv_cache[slots // S, 0, slots % S] = narrowed(rotated[written], kv_cache.dtype)
+    kv_cache[slots // S, 1, slots % S] = narrowed(v[written], kv_cache.dtype)
 
 
 def _normed(x_THD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -167,38 +167,36 @@ def _message(message: Message) -> dict[str, Any]:
     return fields
 
 
-def _content_part(part: Any) -> dict[str, str]:
-    what = "a content part"
-    kind = _object(what, part).get("type")
+def _content_part(part: Mapping[str, Any]) -> dict[str, str]:
+    kind = _needed(part, "type", "a content part")
     if kind == "text":
-        return {"text": _value(what, part, "text")}
+        return {"text": _needed(part, "text", "a content part")}
     if kind not in MEDIA:
         raise ValueError(f"a content part's type must be text or one of {MEDIA}, got {kind!r}")
-    value = _value(what, part, kind)
-    return {kind: _value(kind, value, "url") if isinstance(value, Mapping) else value}
+    value = _needed(part, kind, "a content part")
+    return {kind: _needed(value, "url", kind) if isinstance(value, Mapping) else value}
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
-    if "function" not in _object("a tool call", call):
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise TypeError(f"a tool call must be an object, got {call!r:.80}")
+    if "function" not in call:
         return dict(call)
-    what, function = "a tool call's function", call["function"]
+    function, of = call["function"], "a tool call's function"
     found = {
-        "name": _value(what, function, "name"),
-        "arguments_json": _value(what, function, "arguments"),
+        "name": _needed(function, "name", of),
+        "arguments_json": _needed(function, "arguments", of),
     }
     return found | ({"id": call["id"]} if "id" in call else {})
 
 
-def _object(what: str, value: Any) -> Mapping[str, Any]:
+def _needed(value: Any, key: str, name: str) -> Any:
+    """What an object has under a key. Raises TypeError or ValueError saying what is wrong."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{what} must be an object, got {value!r:.80}")
-    return value
-
-
-def _value(what: str, of: Any, key: str) -> Any:
-    if key not in _object(what, of):
-        raise ValueError(f"{what} must have {key!r}, got {of!r:.80}")
-    return of[key]
+        raise TypeError(f"{name} must be an object, got {value!r:.80}")
+    if key not in value:
+        raise ValueError(f"{name} must have {key!r}, got {dict(value)!r:.80}")
+    return value[key]
 
 
 def _with_params(request: Kind, params: Mapping[str, Any], parts: tuple[str, ...] = PARTS) -> Kind:

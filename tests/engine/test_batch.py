@@ -117,8 +117,8 @@ def test_rows_of_prompt_logprobs_follow_the_rows_that_sample():
     batch = build(batcher, Chunk(asks, 4), Chunk(other, 1))
     assert batch.inputs["rows"].tolist() == [4, 0, 1, 2, 3]
     assert [(r.request, r.first_position, r.count) for r in batch.prompt_rows] == [(asks, 1, 4)]
-    assert batch.num_logprobs == 5
-    assert batch.sampling.temperature_R.tolist() == [0.5, 0, 0, 0, 0]
+    assert (batch.logprob_rows.tolist(), batch.num_logprobs) == ([0, 1, 2, 3, 4], 5)
+    assert batch.sampling.temperature_R.tolist() == [0.5]  # nothing is drawn of the prompt's
     asks.num_computed = 4
     asks.prompt_logprobs += [None] * 4
     batch = build(batcher, Chunk(asks, 2))
@@ -150,7 +150,8 @@ def test_rows_that_are_only_pooled_come_last_and_have_no_logits():
         (mean, 2, [5, 6, 7]),
         (last, 3, [8]),
     ]
-    assert len(batch.sampling.seeds_R) == 5 and len(batch.sampling.adjustments.bias_starts) == 6
+    assert len(batch.sampling.seeds_R) == 1 and len(batch.sampling.adjustments.bias_starts) == 2
+    assert batch.logprob_rows.tolist() == [1, 2, 3, 4]  # the one that decodes wants none
 
 
 def test_a_step_of_pooled_rows_alone_and_one_of_none():
@@ -161,7 +162,7 @@ def test_a_step_of_pooled_rows_alone_and_one_of_none():
     assert pooled.inputs["rows"].tolist() == [0, 1, 2, 3]
     assert none.inputs["rows"].tolist() == [] and none.inputs["rows"].dtype == np.int32
     for batch in (pooled, none):
-        assert (batch.num_rows, batch.num_logprobs, batch.sampled) == (0, None, [])
+        assert (batch.num_rows, len(batch.logprob_rows), batch.sampled) == (0, 0, [])
     assert none.pooled_rows == []
 
 
@@ -217,8 +218,9 @@ def plain(step):
         "positions_R": [len(one.tokens) for one in sampled],
         "num_logprobs": max(
             (one.sampling.logprobs for one in sampled if one.sampling.logprobs is not None),
-            default=None,
+            default=0,
         ),
+        "logprob_rows": [i for i, one in enumerate(sampled) if one.sampling.logprobs is not None],
     }
 
 
@@ -243,6 +245,7 @@ def test_what_is_kept_of_those_who_decode_is_what_would_be_copied_anew(seed):
             assert getattr(batch.sampling, name).tolist() == want.pop(name)
         assert list(batch.sampled) == want.pop("sampled")
         assert batch.num_logprobs == want.pop("num_logprobs")
+        assert batch.logprob_rows.tolist() == want.pop("logprob_rows")
         assert {name: batch.inputs[name].tolist() for name in want} == want
 
     world.see_step = check

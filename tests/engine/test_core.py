@@ -1,5 +1,7 @@
 """The native engine, step by step: what ends a request, and what is left when it has ended."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.architectures.phi3 import LONGROPE
@@ -201,3 +203,46 @@ def test_a_model_with_windows_gives_blocks_back_while_it_generates(tmp_path):
         engine.step(0.0)
         used.append(engine.loads().num_blocks_used)
     assert max(used) == 3  # that the last nine positions can lie in; all 52 take 13
+
+
+def finished(engine, *requests):
+    """Tokens, logprobs and prompt logprobs of each, by its id."""
+    for one in requests:
+        engine.add(one, 0.0)
+    found = {one.request_id: ([], [], []) for one in requests}
+    while engine.has_work:
+        for event in engine.step(0.0):
+            news = (event.token_ids, event.logprobs, event.prompt_logprobs)
+            for have, new in zip(found[event.request_id], news, strict=True):
+                have += new
+    return found
+
+
+def test_logprobs_are_computed_of_the_rows_that_want_them_and_are_what_they_are_alone(engine):
+    rows = []
+    run = engine._sampler._ops.logprobs
+
+    def counted(chosen_R, ranks_R, top_ids_RK, *rest):
+        rows.append(top_ids_RK.shape)
+        run(chosen_R, ranks_R, top_ids_RK, *rest)
+
+    engine._sampler._ops = replace(engine._sampler._ops, logprobs=counted)
+    plain = ask("plain", 2)
+    asks = replace(ask("asks", 3), sampling=replace(GREEDY, logprobs=2, max_tokens=5))
+    of_prompt = replace(
+        ask("of prompt", 4), sampling=replace(GREEDY, prompt_logprobs=1, max_tokens=5)
+    )
+    mixed = {**finished(engine, plain, asks), **finished(engine, replace(plain), of_prompt)}
+    assert rows == [(1, 2)] * 5 + [(3, 1)]
+    alone = {**finished(engine, asks), **finished(engine, of_prompt)}
+    for name in ("asks", "of prompt"):
+        assert mixed[name] == alone[name]
+    assert len(mixed["asks"][1]) == 5 and len(mixed["of prompt"][2]) == 4
+
+
+def test_prompt_logprobs_are_dropped_once_they_are_sent(engine):
+    sampling = replace(GREEDY, prompt_logprobs=5)
+    engine.add(replace(ask("a", 6), sampling=sampling), 0.0)
+    [event] = engine.step(0.0)
+    assert [place is None for place in event.prompt_logprobs] == [True] + [False] * 5
+    assert engine._scheduler._requests["a"].prompt_logprobs == [None] * 6

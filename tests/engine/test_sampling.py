@@ -271,3 +271,11 @@ def test_a_bad_prompt_is_refused(prompt, message):
 def test_the_longest_prompt_that_leaves_room_for_a_token_passes():
     check_prompt([0] * 49, LIMITS)
     assert sampling(num_prompt_tokens=49).max_tokens == 1
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "n", "seed", "logprobs", "bad_words"])
+def test_what_is_said_of_a_huge_value_is_short(name):
+    for huge in (10**5000, -(10**5000), "x" * 5000):
+        with pytest.raises((InvalidRequest, Unimplemented)) as error:
+            resolve(SamplingParams(**({"max_tokens": 3} | {name: huge})), LIMITS, 3)
+        assert name in str(error.value) and len(str(error.value)) < 250

@@ -25,7 +25,8 @@ void vivace_context_destroy(void* context);
 int64_t vivace_context_progress(void* context);
 void* vivace_program_create(const cpu::Recording* recording);
 void vivace_program_destroy(void* program);
-void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more, int64_t num_more);
+void vivace_program_run(void* context, void* program, const int64_t* sizes, const cpu::Call* more, int64_t num_more,
+                        double* seconds);
 #define OP(name) void vivace_##name(void* context, const void* args);
 OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
 OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
@@ -163,10 +164,10 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   add("take_rows", vivace_take_rows, cpu::TakeRowsArgs{out.data(), x.data(), rows.data(), T, M}, out);
   Ints& tokens = b.i(T, V);
   Floats& table = b.f(V * M);
-  add("embed", vivace_embed, cpu::EmbedArgs{out.data(), tokens.data(), table.data(), T, M, 2}, out);
+  add("embed", vivace_embed, cpu::EmbedArgs{out.data(), tokens.data(), table.data(), T, M, 0, 2}, out);
   Floats &projected = b.f(T * N), &weight = b.f(N * M), &bias = b.f(N);
   add("linear", vivace_linear,
-      cpu::LinearArgs{projected.data(), x.data(), weight.data(), bias.data(), T, N, M}, projected);
+      cpu::LinearArgs{projected.data(), x.data(), weight.data(), bias.data(), T, N, M, 0}, projected);
   Floats &act = b.f(T * F), &gate_up = b.f(T * 2 * F);
   for (int64_t activation = 0; activation < 3; ++activation)
     add("gated", vivace_gated, cpu::GatedArgs{act.data(), gate_up.data(), T, F, activation, 1.7f, 7}, act);
@@ -178,7 +179,7 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
       cpu::MoeRouteArgs{chosen.data(), routed.data(), router.data(), nullptr, T, E, K, 1, 1, 1, 1, 1}, chosen, routed);
   add("expert_linear", vivace_expert_linear,
       cpu::ExpertLinearArgs{expert_out.data(), x.data(), experts.data(), expert_weight.data(), expert_bias.data(), T, K,
-                            E, N, M, 0}, expert_out);
+                            E, N, M, 0, 0}, expert_out);
   add("moe_combine", vivace_moe_combine,
       cpu::MoeCombineArgs{combined.data(), expert_out.data(), chosen.data(), shared.data(), gate.data(), T, K, N},
       combined);
@@ -202,12 +203,12 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
       cpu::RopeTableArgs{cos_sin.data(), at.data(), inv_freq.data(), nullptr, T, R / 2, 1}, cos_sin);
   add("rope_kv_write", vivace_rope_kv_write,
       cpu::RopeKvWriteArgs{q.data(), cache.data(), qkv.data(), cos_sin.data(), slot.data(), q_norm.data(), k_norm.data(),
-                           T, H, G, S, D, R, 0, 1e-6f}, q, cache);
-  add("kv_read", vivace_kv_read, cpu::KvReadArgs{k.data(), v.data(), cache.data(), slot.data(), T, G, S, D}, k, v);
+                           T, H, G, S, D, R, 0, 0, 1e-6f}, q, cache);
+  add("kv_read", vivace_kv_read, cpu::KvReadArgs{k.data(), v.data(), cache.data(), slot.data(), T, G, S, D, 0}, k, v);
   for (int64_t window : {0, 5})
     add("attention", vivace_attention,
         cpu::AttentionArgs{heads.data(), q.data(), cache.data(), blocks.data(), start.data(), len.data(), sinks.data(), T,
-                           H, G, S, D, num_requests, X, window, 0.2f, window ? 30.0f : 0.0f}, heads);
+                           H, G, S, D, num_requests, X, window, 0, 0.2f, window ? 30.0f : 0.0f}, heads);
 
   Floats &logits = b.f(T * V), &scores = b.f(T * V), &ones = b.f(T), &halves = b.f(T), &zeros = b.f(T);
   std::fill(ones.begin(), ones.end(), 1.0f);
@@ -273,7 +274,7 @@ void ops_give_the_same_on_threads_and_in_a_program(int32_t isa) {
         seen = now;
       }
     });
-    for (int i = 0; i < 3; ++i) vivace_program_run(context, program, nullptr, nullptr, 0);
+    for (int i = 0; i < 3; ++i) vivace_program_run(context, program, nullptr, nullptr, 0, nullptr);
     stop.store(true);
     watchdog.join();
     CHECK(vivace_context_progress(context) == 3 * int64_t(all.size()));
@@ -295,7 +296,7 @@ void a_program_follows_its_sizes() {
   for (const std::pair<int64_t, int64_t> sizes : {std::pair(0, 0), std::pair(4, 9), std::pair(1, 2), std::pair(1, 2)}) {
     std::fill(out.begin(), out.end(), -1);
     const int64_t both[] = {sizes.first, sizes.second};
-    vivace_program_run(context, program, both, &call, sizes.first > 1);
+    vivace_program_run(context, program, both, &call, sizes.first > 1, nullptr);
     for (int64_t i = 0; i < 40; ++i) CHECK((out[size_t(i)] != -1) == (i < 1 + 2 * both[0] + 3 * both[1]));
   }
   CHECK(more[1] != -1 && more[2] == -1);

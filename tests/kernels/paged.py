@@ -11,7 +11,7 @@ S = 16  # tokens per block, unless a test says other
 class Paged:
     """Contexts of several requests in one cache, written through the only door, blocks in any order."""
 
-    def __init__(self, ops, lengths, *, G, D, seed=0, order=None, spare=2, S=S):
+    def __init__(self, ops, lengths, *, G, D, seed=0, order=None, spare=2, S=S, dtype=DType.FP32):
         rng = np.random.default_rng(seed)
         self.ops, self.lengths, self.G, self.D, self.S = ops, lengths, G, D, S
         self.k = [rng.standard_normal((n, G, D), dtype=np.float32) for n in lengths]
@@ -21,7 +21,7 @@ class Paged:
             sum(needed) + spare
         )
         self.num_blocks = len(numbers)
-        self.cache = ops.memory.kv_cache(self.num_blocks, S, G, D, DType.FP32)
+        self.cache = ops.memory.kv_cache(self.num_blocks, S, G, D, dtype)
         self._poison()
         self.tables = np.full((len(lengths), max(needed, default=0) + 1), -1, np.int32)
         given = iter(numbers)
@@ -29,6 +29,8 @@ class Paged:
             self.tables[b, :count] = [next(given) for _ in range(count)]
             slots = self.tables[b, np.arange(n) // S] * S + np.arange(n) % S
             self.write(self.k[b], self.v[b], slots)
+            if dtype is not DType.FP32:  # what was rounded is what is attended to
+                self.k[b], self.v[b] = self.read(slots)
 
     def _poison(self):
         """What nobody writes must never be read."""
@@ -45,6 +47,11 @@ class Paged:
         inputs = (qkv, table, slots.astype(np.int32))
         run(self.ops, "rope_kv_write", [out(self.ops, T, self.G, self.D), self.cache], *inputs,
             num_kv_heads=self.G, eps=0.0)  # fmt: skip
+
+    def read(self, slots):
+        """K and V of these slots, in fp32."""
+        outs = [out(self.ops, len(slots), self.G, self.D) for _ in "kv"]
+        return run(self.ops, "kv_read", [*outs, self.cache], slots.astype(np.int32))[:2]
 
     def forget(self, counts, window):
         """What lies left of the windows of the last `counts[b]` tokens becomes NaN, its blocks nonsense."""

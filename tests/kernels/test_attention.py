@@ -7,6 +7,7 @@ from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of
 from tests.kernels.paged import Paged, S, queries
 from vivace.kernels.attention import SPLIT_TOKENS
 from vivace.kernels.backend import Backend
+from vivace.kernels.buffer import DType
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
 
@@ -72,10 +73,42 @@ def test_who_has_which_group_of_splits_changes_no_bit(isa, threads):
 
 
 @each_backend
-def test_a_number_that_is_none_stays_one(backend):
+@pytest.mark.parametrize("dtype", (DType.BF16, DType.INT8))
+@pytest.mark.parametrize(("H", "G", "D"), [(14, 2, 64), (3, 3, 10), (16, 1, 96), (5, 1, 33)])
+@pytest.mark.parametrize("block_tokens", (16, 5))
+@pytest.mark.parametrize("window", (0, 20))
+def test_caches_of_fewer_bits(backend, dtype, H, G, D, block_tokens, window):
+    """Right against fp64 over what they hold."""
+    lengths, counts = (1, 40, 300, 2100), (1, 7, 2, 1)
+    paged = Paged(ops_of(backend, 2), lengths, G=G, D=D, S=block_tokens, dtype=dtype)
+    q = queries(sum(counts), H, D)
+    want = paged.want(q, counts, window=window, softcap=5.0)
+    if window:
+        paged.forget(counts, window)
+    close(paged.attend(q, counts, window=window, softcap=5.0), want, 4e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda one: one.value)
+@pytest.mark.parametrize("dtype", (DType.BF16, DType.INT8))
+def test_chunks_and_threads_change_no_bit_of_a_cache_of_fewer_bits(isa, dtype):
+    alone = Paged(ops_of(isa), (300,), G=2, D=16, dtype=dtype)
+    q = queries(300, 4, 16)
+    whole = alone.attend(q, (300,))
+    shared = Paged(ops_of(isa, 2), (300,), G=2, D=16, dtype=dtype, order=3)
+    for chunk in (1, 7, 123):
+        parts = [
+            shared.attend(q[i : i + chunk], (len(q[i : i + chunk]),), (min(i + chunk, 300),))
+            for i in range(0, 300, chunk)
+        ]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", (DType.FP32, DType.BF16, DType.INT8))
+def test_a_number_that_is_none_stays_one(backend, dtype):
     """In a value or a score: an answer must not come of it."""
     for poisoned in (0, 1):
-        paged = Paged(ops_of(backend), (20,), G=1, D=8)
+        paged = Paged(ops_of(backend), (20,), G=1, D=8, dtype=dtype)
         bad = [paged.k[0].copy(), paged.v[0].copy()]
         bad[poisoned][3] = np.nan
         paged.write(*bad, paged.tables[0, np.arange(20) // S] * S + np.arange(20) % S)

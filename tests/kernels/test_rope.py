@@ -159,3 +159,44 @@ def test_no_row_depends_on_its_neighbours_or_the_threads(norm, threads):
         part = case.call(alone, caches[0], slice(start, end))
         assert np.array_equal(part, whole[start:end])
     assert np.array_equal(alone.memory.read(caches[0]), many.memory.read(caches[1]))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", (DType.BF16, DType.INT8))
+@pytest.mark.parametrize(("T", "G", "D"), [(1, 1, 1), (20, 2, 10), (33, 3, 64)])
+def test_a_cache_of_fewer_bits_holds_the_nearest_numbers(backend, dtype, T, G, D):
+    """To the last bit; and of what nobody wrote nothing changes."""
+    rng = np.random.default_rng(T)
+    ops = ops_of(backend, 2)
+    cache = ops.memory.kv_cache(4, S, G, D, dtype)
+    qkv = rng.standard_normal((T, 3, G, D), dtype=np.float32)
+    qkv[0, 1:] = 0
+    qkv[-1] *= 1e-30
+    slots = rng.permutation(4 * S)[:T].astype(np.int32)
+    run(ops, "rope_kv_write", [out(ops, T, G, D), cache], qkv.reshape(T, -1),
+        np.zeros((T, 0), np.float32), slots, num_kv_heads=G, eps=0.0)  # fmt: skip
+    every = np.arange(4 * S, dtype=np.int32)
+    outs = [out(ops, 4 * S, G, D), out(ops, 4 * S, G, D), cache]
+    held = run(ops, "kv_read", outs, every)[:2]
+    for got, x in zip(held, (qkv[:, 1], qkv[:, 2]), strict=True):
+        want = np.zeros((4 * S, G, D), np.float32)
+        want[slots] = as_held(x, dtype)
+        assert np.array_equal(got, want)
+
+
+def as_held(x, dtype):
+    """The contract's words, in NumPy."""
+    if dtype is DType.BF16:
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.clip(np.rint(x * (np.float32(1) / scale)), -127, 127) * scale
+
+
+@each_backend
+def test_a_cache_of_another_type_is_refused(backend):
+    ops = ops_of(backend)
+    outs = [out(ops, 1, 2, 4), out(ops, 1, 2, 4)]
+    with pytest.raises(ValueError, match=r"kv_cache must hold .* got .*int32"):
+        ops.kv_read(*outs, out(ops, 1, 2, 2, 2, 4, dtype=np.int32), out(ops, 1, dtype=np.int32))

@@ -165,7 +165,7 @@ def test_messages_may_be_written_as_openai_has_them(fake, client):
     [
         ({"rôle": "user"}, "rôle"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "input_audio"),
-        ({"role": "user", "content": [{"text": "x"}]}, "None"),
+        ({"role": "user", "content": [{"text": "x"}]}, "must have 'type'"),
         *MISSING_KEYS,
         (("user", "a", "b"), "longer"),
     ],
@@ -318,3 +318,19 @@ def test_the_asyncio_client_does_all_that_the_other_does(fake):
     asyncio.run(asyncio.wait_for(run(), 20))
     sync = {name for name in vars(Client) if not name.startswith("_")}
     assert sync == {name for name in vars(AsyncClient) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"content": [{"type": "text"}]}, "a content part must have 'text'"),
+        ({"content": ["hi"]}, "a content part must be an object, got 'hi'"),
+        ({"content": [{"type": "image_url"}]}, "a content part must have 'image_url'"),
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "image_url must have 'url'"),
+        ({"tool_calls": [{"function": {}}]}, "a tool call's function must have 'name'"),
+        ({"tool_calls": ["f"]}, "a tool call must be an object, got 'f'"),
+    ],
+)
+def test_a_message_that_lacks_something_is_refused_in_words(message, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        library.requests.chat_request([{"role": "user"} | message], {})

@@ -316,3 +316,24 @@ def test_echo_and_continuing(stub):
     said = stub.ChatUnary(request).replies[0].text
     request.response.echo = False
     assert said == "Delivery " + stub.ChatUnary(request).replies[0].text
+
+
+def test_what_fits_an_idle_engine_alone_is_served_however_short_its_queue():
+    """Replies, texts and items take turns: none of them is refused because of the others of its call."""
+    two = pb.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    many = pb.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, n=7, best_of=9)
+    request, requests = (pb.GenerateRequest(text=PROMPT, sampling=one) for one in (two, many))
+    prompts = [pb.Prompt(text=f" {number}") for number in range(9)]
+    with serving("--max-waiting", "2") as server, grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        whole = stub.GenerateUnary(requests)
+        assert len(whole.replies) == 7
+        requests.sampling.best_of = 7
+        ends = [one.index for one in stub.Generate(requests) if one.HasField("finish")]
+        assert sorted(ends) == list(range(7))
+        assert len(stub.Embed(pb.EmbedRequest(inputs=prompts)).embeddings) == 9
+        scores = stub.Score(pb.ScoreRequest(prompt=prompts[0], continuations=prompts)).scores
+        assert len(scores) == 9
+        items = [pb.BatchItem(generate=one) for one in (requests, request, requests, request)]
+        outcomes = {one.index: one for one in stub.Batch(pb.BatchRequest(items=items))}
+        assert [len(outcomes[i].response.replies) for i in range(4)] == [7, 1, 7, 1]

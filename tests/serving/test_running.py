@@ -152,3 +152,14 @@ def test_a_request_is_ended_by_its_id_while_it_runs():
         return not running.abort("mine")
 
     assert asyncio.run(abort())
+
+
+def test_a_request_whose_last_message_is_on_its_way_is_not_aborted():
+    running = requests()
+
+    async def end():
+        with running.run("Generate", "mine", None) as one:
+            one.is_ending = True
+            return running.abort("mine")
+
+    assert not asyncio.run(end())
