@@ -7,7 +7,6 @@ The last becomes INTERNAL for that call alone, with a traceback in the log.
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from vivace.engine.errors import EngineError, InvalidRequest
 from vivace.serving import status
+from vivace.serving.request_log import say
 from vivace.serving.status import TooLarge
 
 ENTRY_BYTES = 32
@@ -87,8 +87,7 @@ def _guarded(
         except EngineError as error:
             await status.abort(context, error)
         except Exception:  # noqa: BLE001 - the boundary
-            with suppress(OSError, ValueError):  # nobody reads it
-                traceback.print_exc(file=sys.stderr)
+            say(traceback.format_exc().rstrip(), sys.stderr)
             await context.abort(
                 grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
             )

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
-from vivace.engine.errors import ArtifactError, ConfigError, EngineError
+from vivace.engine.errors import ArtifactError, ConfigError, EngineError, InvalidRequest
 
 TARGET = "127.0.0.1:50051"
 # What a chat, which shows the text of one reply, has no use for.
@@ -97,6 +97,7 @@ def _generate(argv: list[str]) -> int:
     if args.concurrency < 1:
         parser.error(f"--concurrency must be at least 1, got {args.concurrency}")
     params = sampling_flags.from_flags(args) | _named(args)
+    _check_texts({"prompt": args.prompt, **params})
     from vivace.serving.client import Client
 
     with ExitStack() as stack:
@@ -171,6 +172,9 @@ def _chat(argv: list[str]) -> int:
     sampling_flags.add_flags(parser, without=NO_CHAT)
     args = parser.parse_args(argv)
     params = sampling_flags.from_flags(args) | _named(args)
+    _check_texts({"system": args.system, **params})
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte spoils its line, and no other
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives `input` a history
     from vivace.serving.client import Client
@@ -183,8 +187,9 @@ def _chat(argv: list[str]) -> int:
         while (line := _ask()) is not None:
             asked = [*messages, {"role": "user", "content": line}]
             try:
+                _check_texts({"the message": line})
                 reply = _reply(client, asked, params)
-            except RequestFailed as error:  # what was said before is not lost
+            except (InvalidRequest, RequestFailed) as error:  # what was said before is not lost
                 print(f"vivace: error: {error}", file=sys.stderr)
                 status = 1
                 continue
@@ -250,7 +255,22 @@ def _named(args: argparse.Namespace) -> dict[str, str]:
 
 def _text_or_file(value: str) -> str:
     is_path = len(value) < 256 and "\n" not in value and Path(value).is_file()
-    return Path(value).read_text(encoding="utf-8").strip() if is_path else value
+    if not is_path:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{value} is not UTF-8: {error.reason}, byte {error.start}") from error
+
+
+def _check_texts(values: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for a text of bytes that are no UTF-8: Python has them as halves of surrogate pairs."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else (value,):
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"{name} must be UTF-8, got {text!r:.80}") from error
 
 
 def _progress_bar() -> Any:

@@ -27,7 +27,7 @@ RESPONSE = (
     "logprobs", "prompt_logprobs", "prompt_logprobs_start", "include_stop_str_in_output",
     "skip_special_tokens", "echo",
 )  # fmt: skip
-LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_token_ids", "bad_words")
+LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_token_ids")
 CONVERSATION = {"messages", "continue_final_message", "add_generation_prompt", "template_variables"}
 CALL = {"request_id", "model", "sampling", "response", "options"}
 SERVED = {  # message -> its fields that are read; any other field that is set is refused

@@ -58,6 +58,11 @@ class RequestLog:
         self._out = out or sys.stderr
 
     def write(self, entry: LogEntry) -> None:
-        """One line, unless nobody takes any: a log that is gone must not end the request."""
-        with suppress(OSError, ValueError):
-            print(entry.line(), file=self._out, flush=True)
+        """One line."""
+        say(entry.line(), self._out)
+
+
+def say(text: str, out: TextIO) -> None:
+    """Write to a log. Whoever reads it may have gone: no request shall end for that."""
+    with suppress(OSError, ValueError):  # a broken pipe, a full disk; a file that is closed
+        print(text, file=out, flush=True)

@@ -29,10 +29,12 @@ class Running:
     entry: LogEntry
     writing_since: float | None = None  # the client has not taken a message since then
     has_begun: bool = False  # its stream's initial metadata is out
-    is_ending: bool = False  # its last message is on the way: too late to abort it
+    is_ending: bool = False  # its last message is on its way: nothing else may end it
     end: EngineError | None = None  # why the server ended it from outside
 
-    async def write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
+    async def write(
+        self, context: grpc.aio.ServicerContext, message: Any, *, is_last: bool = False
+    ) -> None:
         """Send a message; waits while the client does not read."""
         self.writing_since = time.monotonic()
         # All that are ready make their messages first: those that are sent one right after the other wake gRPC's thread once.
@@ -42,6 +44,7 @@ class Running:
             # cut during that message, which then never gets there.
             self.has_begun = True
             await context.send_initial_metadata(())
+        self.is_ending = is_last
         await context.write(message)
         self.writing_since = None
 
@@ -85,7 +88,8 @@ class RunningRequests:
     def abort_all(self, error: EngineError) -> None:
         """End every request."""
         for running in list(self._requests.values()):
-            self._cancel(running, error)
+            if not running.is_ending:
+                self._cancel(running, error)
 
     def _cancel(self, running: Running, error: EngineError) -> None:
         """End it with an error that is not its own fault."""
@@ -119,11 +123,13 @@ class RunningRequests:
                 yield running
             entry.code = "OK"
         except asyncio.CancelledError:
-            if running.end is not None:
+            if running.end is None:
+                entry.code = _why_ended(deadline)  # the client hung up, or its deadline passed
+                raise
+            if not running.is_ending:
                 entry.code = status_of(running.end).name
                 raise running.end from None
-            entry.code = _why_ended(deadline)  # the client hung up, or its deadline passed
-            raise
+            entry.code = "OK"  # gRPC has its last message: a status would be a second final event
         except EngineError as error:
             entry.code = status_of(error).name
             raise

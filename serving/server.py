@@ -30,7 +30,7 @@ from vivace.serving.boundary import Boundary
 from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
-from vivace.serving.request_log import RequestLog
+from vivace.serving.request_log import RequestLog, say
 from vivace.serving.running import RunningRequests
 from vivace.serving.servicer import InferenceServicer
 from vivace.serving.status import NotReady
@@ -120,8 +120,7 @@ class Server:
                 self._running.abort_all(NotReady("the server has stopped"))
                 await server.stop(END_STREAMS_S)
         finally:
-            await asyncio.gather(*(chat.close() for chat in self._chats.values()))
-            await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+            await close_all((*self._chats.values(), *self._engines.values()))
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
         server = grpc_server(self._config)
@@ -222,7 +221,7 @@ class Server:
             await self._health.set(service, status)
 
     def _say(self, text: str) -> None:
-        print(f"vivace: {text}", file=self._console.log, flush=True)
+        say(f"vivace: {text}", self._console.log)
 
     def stop(self) -> None:
         """Drain and end; told again, end at once."""
@@ -271,6 +270,14 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except (ArtifactError, ConfigError, EngineDied) as error:
         raise type(error)(f"model {name!r}: {error}") from error
+
+
+async def close_all(what: Iterable[ChatEncoder | NativeEngine]) -> None:
+    """Close each, whatever becomes of the others; then raise the first error."""
+    ends = await asyncio.gather(*(one.close() for one in what), return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
 
 
 async def _cancel(*tasks: "asyncio.Task[Any]") -> None:

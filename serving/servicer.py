@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, suppress
 
 import grpc
+import msgspec
 
 from vivace import __version__
 from vivace.engine import scoring
@@ -262,12 +263,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, rpc: str, request: convert.Request, context: grpc.aio.ServicerContext
     ) -> None:
         with self._run(rpc, request, context) as running:
+            num_left = request.sampling.n or 1
             async with aclosing(self._events(request, running, {})) as events:
-                left = request.sampling.n or 1
                 async for event in events:
-                    left -= event.finish is not None
-                    running.is_ending = left == 0
-                    await running.write(context, convert.response(event))
+                    num_left -= event.finish is not None
+                    await running.write(context, convert.response(event), is_last=not num_left)
 
     async def _whole(
         self, request: convert.Request, running: Running, places: Places
@@ -318,10 +318,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             request.options.cache_salt.encode(),
             request.options.priority,
         )
-        if rules.echo:
-            text = await _echo(model, request, token_ids, rules)
-            for index in range(replies.n):
-                yield TextEvent(running.id, text=text, index=index)
+        echo = await _echo(model, request, token_ids, rules) if rules.echo else ""
+        begun: set[int] = set()  # what the engine refuses may be tried again: nothing goes before
         free = places.setdefault(model.name, asyncio.Semaphore(model.max_parallel))
         async with aclosing(
             stream_replies(
@@ -330,6 +328,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         ) as events:
             async for event in events:
                 running.entry.note(event)
+                if echo and event.index not in begun:
+                    begun.add(event.index)
+                    event = msgspec.structs.replace(event, text=echo + event.text)
                 yield event
 
 

@@ -14,6 +14,7 @@ RETRY_MS = 250  # what a refused client is told to wait: a few steps of a busy e
 MAX_DETAILS_CHARS = 512  # details travel as a header, and clients refuse headers over 16 KiB: this is 12 a character
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+NO_RETRY = ((PUSHBACK_KEY, "-1"),)  # clients retry by the status, which does not tell
 
 
 class NotFound(EngineError):
@@ -78,9 +79,9 @@ def details_of(error: EngineError) -> str:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: EngineError) -> NoReturn:
-    """End the call with the error's status, and with a time to wait where a retry may help."""
+    """End the call with the error's status, and with a time to wait where a retry may help: else with gRPC's word for none."""
     code, details = status_of(error), details_of(error)
-    trailers = _retry_trailers(code, details) if error.code in RETRIABLE else ()
+    trailers = _retry_trailers(code, details) if error.code in RETRIABLE else NO_RETRY
     await context.abort(code, details, trailers)
     raise AssertionError("abort returns never")
 

@@ -51,7 +51,6 @@ class Params(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
     bad_token_ids: Sequence[int] | None
-    bad_words: str | Sequence[str] | None
     logprobs: int | None
     prompt_logprobs: int | None
     prompt_logprobs_start: int | None

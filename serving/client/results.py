@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 
-REASONS = {pb.Finish.REASON_STOP: "stop", pb.Finish.REASON_LENGTH: "length"}
+REASONS = {
+    number: name.removeprefix("REASON_").lower() for name, number in pb.Finish.Reason.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def event(message: pb.GenerateResponse) -> Event:
         token_ids=tuple(message.token_ids),
         logprobs=_logprobs(message.logprobs),
         prompt_logprobs=_logprobs(message.prompt_logprobs),
-        finish_reason=None if finish is None else REASONS[finish.reason],
+        finish_reason=None if finish is None else _reason(finish),
         stop_reason=None if finish is None else _stop_reason(finish),
         usage=None if finish is None else _usage(finish.usage),
     )
@@ -133,7 +135,7 @@ def completion(message: pb.GenerateUnaryResponse) -> Completion:
             text=reply.text,
             token_ids=tuple(reply.token_ids),
             logprobs=_logprobs(reply.logprobs),
-            finish_reason=REASONS[reply.finish.reason],
+            finish_reason=_reason(reply.finish),
             stop_reason=_stop_reason(reply.finish),
             usage=_usage(reply.finish.usage),
         )
@@ -161,6 +163,11 @@ def scores(message: pb.ScoreResponse) -> Scores:
         for one in message.scores
     )
     return Scores(tuple(found), _logprobs(message.prompt_logprobs), message.prompt_tokens)
+
+
+def _reason(finish: pb.Finish) -> str:
+    """Its name; the number of one that only a newer server knows."""
+    return REASONS.get(finish.reason, str(finish.reason))
 
 
 def _stop_reason(finish: pb.Finish) -> int | str | None:

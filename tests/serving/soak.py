@@ -11,11 +11,14 @@ import asyncio
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
+from threading import Event
 
 import grpc
+from h2.events import DataReceived
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -129,6 +132,7 @@ def cancel(server, client):
         sum(counts.values()) == 1000 and set(counts) <= {"CANCELLED", "RESOURCE_EXHAUSTED"},
         "odd ends",
     )
+    check(client.loads().num_requests_aborted > 0, "none was accepted")
     check_free(client)
 
 
@@ -168,33 +172,63 @@ def burst(server, client):
         ends, seconds = asyncio.run(load(rate, BURST_S))
         counts = counted(ends)
         print(f"  all had ended after {seconds:.1f} s")
-    check(set(counts) <= {"OK", "RESOURCE_EXHAUSTED"}, "odd ends")
-    check(all(wait for code, wait in ends if code != "OK"), "a refusal without a time to wait")
+    check(set(counts) == {"OK", "RESOURCE_EXHAUSTED"}, "none was accepted, or none refused")
+    waits = [int(wait or -1) for code, wait in ends if code != "OK"]
+    check(min(waits) > 0, "a refusal without a time to wait")
     check_free(client)
 
 
+@contextmanager
+def held_up(client):
+    """A server of one request at a time that has others to serve before any of priority 0."""
+    over = Event()
+
+    def serve_others():
+        while not over.is_set():
+            list(client.generate("x", max_tokens=1000, ignore_eos=True, priority=1))
+
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(serve_others) for _ in range(3)]
+        try:
+            wait_until(lambda: client.loads().num_waiting == 2)
+            yield
+        finally:
+            over.set()
+    for other in others:
+        other.result()
+
+
 def silence(server, client):
-    """A ping every ten seconds, as keepalive has it, during a unary call that takes minutes."""
+    """A ping every ten seconds, as keepalive has it, during a unary call that waits in the queue for minutes."""
     with Connection(server.target) as connection:
         connection.settimeout(0.5)
-        stream = connection.call(
-            "WatchLoads", pb.WatchLoadsRequest(interval_ms=60_000).SerializeToString()
-        )
-        end, pings = time.monotonic() + SILENCE_S, 0
-        while time.monotonic() < end:
-            connection.ping()
-            pings += 1
-            wake = time.monotonic() + 10
-            while time.monotonic() < wake:
-                try:
-                    check(connection.receive() is not None, "the connection was closed")
-                except TimeoutError:
-                    continue
-        check(not connection.goaways(), "a GOAWAY")
-        connection.reset(stream)
+        with held_up(client):
+            stream, pings = ping(connection)
+        connection.settimeout(60)
+        check(connection.status(stream, 60) == (0, ""), "the silent call did not end well")
     print(f"  {pings} pings, no GOAWAY")
 
 
+def ping(connection):
+    """For as long as a silent call waits; the call, and how many."""
+    request = pb.GenerateRequest(text=PROMPT, sampling=pb.SamplingParams(max_tokens=2))
+    stream = connection.call("GenerateUnary", request.SerializeToString())
+    end, pings = time.monotonic() + SILENCE_S, 0
+    while time.monotonic() < end:
+        connection.ping()
+        pings += 1
+        wake = min(end, time.monotonic() + 10)
+        while time.monotonic() < wake:
+            try:
+                check(connection.receive() is not None, "the connection was closed")
+            except TimeoutError:
+                continue
+    check(not connection.goaways(), "a GOAWAY")
+    check(not any(isinstance(one, DataReceived) for one in connection.events), "it was not silent")
+    return stream, pings
+
+
+ARGUMENTS = {"silence": ("--max-running", "1")}
 STAGES = {"cancel": cancel, "burst": burst, "silence": silence}
 
 
@@ -204,7 +238,7 @@ def main():
     failed = False
     for name in parser.parse_args().stages:
         print(f"{name}:", flush=True)
-        with serving() as server, Client(server.target) as client:
+        with serving(*ARGUMENTS.get(name, ())) as server, Client(server.target) as client:
             list(client.generate(PROMPT, max_tokens=2))
             try:
                 STAGES[name](server, client)

@@ -65,6 +65,41 @@ def test_a_refused_message_does_not_end_the_chat(server):
     assert done.stderr.count("vivace: error: INVALID_ARGUMENT: temperature") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["generate", b"\xff"], "prompt"),
+        (["generate", "x", "--stop", b"\xff"], "stop"),
+        (["chat", "--system", b"\xff"], "system"),
+    ],
+)
+@pytest.mark.parametrize("locale", ["C.UTF-8", "POSIX"])
+def test_bytes_that_are_no_text_are_one_line(words, name, locale):
+    words = [*VIVACE, *words, "--target", "127.0.0.1:1"]
+    env = {**os.environ, "LC_ALL": locale}
+    done = subprocess.run(words, capture_output=True, timeout=60, check=False, env=env, input=b"")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+    assert done.stderr.startswith(f"vivace: error: {name} must be UTF-8".encode())
+
+
+def test_a_system_message_of_bytes_that_are_no_text_is_one_line(tmp_path):
+    (tmp_path / "system").write_bytes(b"\xff")
+    done = run("chat", "--system", str(tmp_path / "system"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_a_line_that_is_no_text_does_not_end_the_chat(server, mode):
+    words = (*VIVACE, "chat", "--max-tokens", "4", "--ignore-eos", "--target", server.target)
+    env = {**os.environ, "PYTHONUTF8": mode, "LC_ALL": "C.UTF-8"}
+    lines = b"\xff\nHello\n"
+    done = subprocess.run(words, capture_output=True, timeout=60, check=False, env=env, input=lines)
+    assert done.returncode == 0
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"vivace: error: the message must be UTF-8")
+    assert len(done.stdout) > len("> > \n> \n")
+
+
 def test_a_chat_remembers_what_was_said(server, client):
     first = {"role": "user", "content": "How long does delivery take?"}
     second = {"role": "user", "content": "And a refund?"}
@@ -273,13 +308,6 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
     missing = run("generate", "x", "--model", str(tmp_path / "none"))
     assert missing.stderr == f"vivace: error: {tmp_path / 'none'} is not a folder\n"
-
-
-def test_bytes_that_are_no_text_are_one_line(server):
-    done = run("generate", b"\xff", "--target", server.target, errors="surrogateescape")
-    assert done.returncode == 1
-    assert done.stderr.startswith("vivace: error: INVALID_ARGUMENT: ")
-    assert done.stderr.count("\n") == 1
 
 
 class Shown:

@@ -7,6 +7,7 @@ from contextlib import aclosing, closing
 import grpc
 import pytest
 
+from tests.serving import fake_server
 from vivace.serving import client as library
 from vivace.serving import convert
 from vivace.serving.client import (
@@ -22,6 +23,29 @@ from vivace.serving.client import (
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 
 HELLO = [{"role": "user", "content": "Hello"}]
+MISSING_KEYS = [  # of messages as OpenAI has them, and the key that the error names
+    ({"role": "user", "content": [{"type": "text"}]}, "content part must have 'text'"),
+    ({"role": "user", "content": [{"type": "image_url"}]}, "content part must have 'image_url'"),
+    (
+        {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+        "image_url must have 'url'",
+    ),
+    ({"role": "assistant", "tool_calls": [{"function": {}}]}, "function must have 'name'"),
+    (
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+        "function must have 'arguments'",
+    ),
+]
+NO_OBJECTS = [
+    ({"role": "user", "content": ["hi"]}, "content part must be an object, got 'hi'"),
+    ({"role": "user", "content": [None]}, "content part must be an object, got None"),
+    ({"role": "user", "content": 5}, "not iterable"),
+    ({"role": "assistant", "tool_calls": ["f"]}, "tool call must be an object, got 'f'"),
+    (
+        {"role": "assistant", "tool_calls": [{"function": "f"}]},
+        "function must be an object, got 'f'",
+    ),
+]
 
 
 @pytest.fixture
@@ -43,6 +67,14 @@ def test_events_and_completions_have_all_that_came(client):
     assert reply.usage.completion_tokens == 2 and reply.logprobs[0].logprob == -0.5
     assert [place.token_id for place in whole.prompt_logprobs] == [None, 5]
     assert client.complete_chat(HELLO).text == "chat!"
+
+
+def test_a_reason_that_only_a_newer_server_knows_is_its_number(fake, client, monkeypatch):
+    monkeypatch.setattr(fake_server, "FINISH", pb.Finish(reason=99, usage=pb.Usage()))
+    assert [event.finish_reason for event in client.generate("x")] == [None, "99"]
+    assert client.complete("x").replies[0].finish_reason == "99"
+    monkeypatch.setattr(fake_server, "FINISH", pb.Finish(usage=pb.Usage()))
+    assert client.complete("x").replies[0].finish_reason == "unspecified"
 
 
 def test_parameters_stand_where_the_proto_has_them(fake, client):
@@ -134,11 +166,18 @@ def test_messages_may_be_written_as_openai_has_them(fake, client):
         ({"rôle": "user"}, "rôle"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "input_audio"),
         ({"role": "user", "content": [{"text": "x"}]}, "must have 'type'"),
+        *MISSING_KEYS,
         (("user", "a", "b"), "longer"),
     ],
 )
 def test_a_message_of_no_use_is_a_value_error_naming_what(client, message, words):
     with pytest.raises(ValueError, match=words):
+        client.chat([message])
+
+
+@pytest.mark.parametrize(("message", "words"), NO_OBJECTS)
+def test_a_message_whose_parts_are_no_objects_is_a_type_error(client, message, words):
+    with pytest.raises(TypeError, match=words):
         client.chat([message])
 
 

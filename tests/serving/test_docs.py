@@ -140,7 +140,7 @@ def test_what_is_not_served_is_listed_whole():
         for message, served in SERVED.items()
         for name in {*MESSAGES[message].fields_by_name} - served
     }
-    assert listed == refused | {"bad_words"}  # which `sampling.resolve` refuses
+    assert listed == refused
 
 
 def test_the_flags_of_the_map_are_those_of_serve():

@@ -90,7 +90,7 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(client):
             ("logit_bias[5]", "1000000000"),
         ),
         ({"bad_token_ids": [-1]}, grpc.StatusCode.INVALID_ARGUMENT, ("bad_token_ids", "-1")),
-        ({"bad_words": ["x"]}, grpc.StatusCode.UNIMPLEMENTED, ("bad_words", "x")),
+        ({"bad_words": ["x"]}, grpc.StatusCode.UNIMPLEMENTED, ("sampling.bad_words",)),
         ({"model": "another"}, grpc.StatusCode.NOT_FOUND, ("another",)),
     ],
 )

@@ -3,13 +3,15 @@
 import asyncio
 import threading
 import time
+from contextlib import closing
 
 import grpc
+import h2.events
 import pytest
 
 from tests.serving.http2 import Connection
 from tests.serving.server_process import CHAT, PROMPT, serving, wait_until
-from vivace.serving.client import AsyncClient, Client
+from vivace.serving.client import AsyncClient, Client, Overloaded
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 
@@ -24,6 +26,7 @@ def is_free(client):
 @pytest.mark.slow
 def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
     """Cancelled in the queue, in the prompt, in the reply."""
+    codes = set()
 
     async def storm():
         async with AsyncClient(server.target) as fast:
@@ -31,7 +34,7 @@ def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
             async def one(number):
                 prompt = {"prompt_token_ids": [5 + number % 4000, *range(100, 300)]}
                 stream = fast.generate(prompt, max_tokens=1500, ignore_eos=True)
-                reading = asyncio.create_task(_read(stream))
+                reading = asyncio.create_task(_read(stream, codes))
                 await asyncio.sleep(0.002 * (number % 200))
                 await stream.aclose()
                 await reading
@@ -40,17 +43,20 @@ def test_a_storm_of_1000_cancels_leaks_no_block(server, client):
             await asyncio.gather(*(one(number) for number in range(1000)))
 
     asyncio.run(storm())
+    assert codes <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
     wait_until(lambda: is_free(client), 30)
     assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
     assert client.loads().cancel_to_free_s > 0
 
 
-async def _read(stream):
-    """To its end: its own, or a refusal, or the hang-up."""
+async def _read(stream, codes):
+    """To its end: its own, or a refusal, or the hang-up. Notes the status of an error."""
     try:
         async for _ in stream:
             pass
-    except (grpc.RpcError, asyncio.CancelledError):
+    except grpc.RpcError as error:
+        codes.add(error.code())
+    except asyncio.CancelledError:
         return
 
 
@@ -155,7 +161,7 @@ def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
     ):
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=[5] * 1500),
-            sampling=pb.SamplingParams(max_tokens=2, ignore_eos=True),
+            sampling=pb.SamplingParams(max_tokens=400, ignore_eos=True),
             response=pb.ResponseOptions(prompt_logprobs=20),
         )
         stream = connection.call("Generate", request.SerializeToString())
@@ -166,19 +172,58 @@ def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
         wait_until(lambda: is_free(client))
 
 
-def test_a_watcher_that_reads_nothing_is_cut():
+def finishes(connection, stream):
+    """Of each message that a stream got, whether it has `finish`."""
+    data = (one for one in connection.events if isinstance(one, h2.events.DataReceived))
+    body = b"".join(one.data for one in data if one.stream_id == stream)
+    found = []
+    while body:
+        size = 5 + int.from_bytes(body[1:5], "big")
+        found.append(pb.GenerateResponse.FromString(body[5:size]).HasField("finish"))
+        body = body[size:]
+    return found
+
+
+def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
+    """A request has one final event."""
     with (
         serving("--set", "server.stalled_reader_s=1") as server,
-        Client(server.target) as client,
         Connection(server.target, reads=False) as connection,
     ):
-        stream = connection.call(
-            "WatchLoads", pb.WatchLoadsRequest(interval_ms=10).SerializeToString()
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[5] * 1500),
+            sampling=pb.SamplingParams(max_tokens=1, ignore_eos=True),
+            response=pb.ResponseOptions(prompt_logprobs=20),
         )
-        wait_until(lambda: drain_socket(connection) or "WatchLoads" in "".join(server.errors), 60)
+        stream = connection.call("Generate", request.SerializeToString())
+        wait_until(lambda: '"event": "request"' in "".join(server.errors), 30)
         connection.open_window(stream)
-        assert connection.status(stream)[0] == 8
-        assert client.health() == "SERVING"
+        assert connection.status(stream) == (0, "")
+        assert finishes(connection, stream) == [True]
+
+
+def test_watchers_that_stall_leave_room_for_others():
+    with (
+        serving("--set", "server.stalled_reader_s=1") as server,
+        Client(server.target, max_retries=0) as client,
+        Connection(server.target, reads=False) as connection,
+    ):
+        request = pb.WatchLoadsRequest(interval_ms=10).SerializeToString()
+        stream, *_ = [connection.call("WatchLoads", request) for _ in range(64)]
+        wait_until(lambda: drain_socket(connection) or not watches(client), 10)
+        wait_until(lambda: drain_socket(connection) or watches(client), 30)
+        connection.open_window(stream)
+        status, words = connection.status(stream)
+        assert (status, "not read" in words) == (8, True)
+
+
+def watches(client):
+    """Whether the server lets one more watch the loads."""
+    with closing(client.watch_loads(interval_ms=60_000)) as loads:
+        try:
+            return next(loads).num_blocks > 0
+        except Overloaded:
+            return False
 
 
 def drain_socket(connection):

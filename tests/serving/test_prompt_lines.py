@@ -7,6 +7,9 @@ import time
 
 import pytest
 
+from tests.serving.test_client_requests import MISSING_KEYS, NO_OBJECTS
+from vivace.serving import client as library
+from vivace.serving import prompt_lines
 from vivace.serving.client import Event, Usage
 from vivace.serving.prompt_lines import WINDOW, Item, read_items, run
 
@@ -159,6 +162,34 @@ def test_an_output_that_breaks_ends_whoever_waits_for_it():
     assert client.is_closed and len(client.asked) <= window + 1
 
 
+def test_a_slot_that_a_broken_output_frees_is_not_taken_for_a_new_line(monkeypatch):
+    """Whoever waited for it is woken while the writer is still about to end."""
+
+    class Slots(threading.Semaphore):
+        def release(self, n=1):
+            super().release(n)
+            time.sleep(0.3)
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    ends = []
+
+    def ask():
+        endless = (b"x\n" for _ in iter(int, 1))
+        try:
+            run(Client(lambda _: [event("")]), read_items(endless, {}), Broken(), concurrency=1)
+        except BrokenPipeError as error:
+            ends.append(error)
+
+    monkeypatch.setattr(prompt_lines, "Semaphore", Slots)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert ends
+
+
 def test_the_lines_parameters_go_before_the_commands():
     [item] = read_items([b'{"prompt": "x", "seed": 2}'], {"seed": 1, "top_k": 3})
     assert item == Item(0, {"prompt": "x"}, {"seed": 2, "top_k": 3})
@@ -200,6 +231,17 @@ def test_a_line_that_cannot_be_asked_is_an_error_of_its_own(line, text):
     bad, good = records(out)
     assert bad == {"index": 0, "error": {"code": "INVALID_ARGUMENT", "message": item.problem}}
     assert good["text"] == "good" and len(client.asked) == 1
+
+
+@pytest.mark.parametrize(("message", "words"), [*MISSING_KEYS, *NO_OBJECTS])
+def test_a_message_that_the_client_refuses_is_an_error_of_its_line(fake, message, words):
+    lines = [json.dumps({"messages": [message]}).encode(), b"good"]
+    out = io.StringIO()
+    with library.Client(fake.target) as client:
+        assert run(client, read_items(lines, {}), out, concurrency=1) == 1
+    bad, good = records(out)
+    assert bad["error"]["code"] == "INVALID_ARGUMENT" and words in bad["error"]["message"]
+    assert good["text"] == "ab"
 
 
 def test_what_protobuf_cannot_hold_is_an_error_of_its_line():

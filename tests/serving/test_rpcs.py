@@ -286,12 +286,27 @@ def test_a_higher_priority_starts_first():
         assert order == ["high", "plain-1", "plain-2", "low"]
 
 
+def test_an_echo_is_the_begin_of_the_first_message(stub):
+    """By itself it would be out before the engine may refuse, and gRPC tries nothing again of which a message came."""
+    sampling = pb.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, n=2)
+    events = {}
+    for echo in (False, True):
+        response = pb.ResponseOptions(echo=echo)
+        request = pb.GenerateRequest(text=PROMPT, sampling=sampling, response=response)
+        events[echo] = list(stub.Generate(request))
+    for index in range(2):
+        plain, echoed = (
+            [one for one in events[echo] if one.index == index] for echo in (False, True)
+        )
+        assert echoed[0].token_ids and echoed[0].text.startswith(PROMPT)
+        assert "".join(one.text for one in echoed) == PROMPT + "".join(one.text for one in plain)
+
+
 def test_echo_and_continuing(stub):
     greedy = pb.SamplingParams(temperature=0, max_tokens=4)
     echo = pb.ResponseOptions(echo=True)
     request = pb.GenerateRequest(text=PROMPT, sampling=greedy, response=echo)
-    pieces = list(stub.Generate(request))
-    assert pieces[0].text == PROMPT and not pieces[0].token_ids
+    assert next(stub.Generate(request)).text.startswith(PROMPT)
     messages = [pb.ChatMessage(**CHAT[0]), pb.ChatMessage(role="assistant", content="Delivery ")]
     request = pb.ChatRequest(messages=messages, sampling=greedy, response=echo)
     with pytest.raises(grpc.RpcError) as error:

@@ -3,12 +3,16 @@
 import asyncio
 import gc
 import io
+import json
+import os
+from contextlib import suppress
 
 import pytest
 
 from vivace.engine.errors import Cancelled, Overloaded
 from vivace.serving.request_log import RequestLog
 from vivace.serving.running import Running, RunningRequests
+from vivace.serving.status import NotReady, SlowReader
 
 
 def requests(max_requests=8):
@@ -60,6 +64,77 @@ def test_half_of_the_room_is_left_to_parts_of_requests_that_run():
     assert asyncio.run(fill())
 
 
+@pytest.fixture(params=["broken", "closed"])
+def log_nobody_reads(request):
+    reads, writes = os.pipe()
+    os.close(reads)
+    out = os.fdopen(writes, "w", buffering=1)
+    if request.param == "closed":
+        with suppress(BrokenPipeError):
+            out.write("\n")
+        with suppress(BrokenPipeError):
+            out.close()
+    yield out
+    with suppress(BrokenPipeError):
+        out.close()
+
+
+def test_a_log_that_nobody_reads_ends_no_request(log_nobody_reads):
+    running = RunningRequests(RequestLog(log_nobody_reads), max_requests=8)
+
+    async def serve():
+        for _ in range(3):
+            with running.run("Generate", "again", None):
+                pass
+        assert await ended(running)
+        return True
+
+    assert asyncio.run(serve())
+
+
+class Stalled:
+    """Takes the metadata, and no message."""
+
+    def __init__(self):
+        self.writes = asyncio.Event()
+
+    async def send_initial_metadata(self, metadata):
+        pass
+
+    async def write(self, message):
+        self.writes.set()
+        await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_stalled_reader_of_the_last_message_gets_no_second_end(is_last):
+    log = io.StringIO()
+    running = RunningRequests(RequestLog(log), max_requests=8)
+
+    async def serve(context):
+        with running.run("Generate", "mine", None) as one:
+            await one.write(context, "all", is_last=is_last)
+
+    async def stall():
+        context = Stalled()
+        task = asyncio.create_task(serve(context))
+        await context.writes.wait()
+        if is_last:
+            running.abort_all(NotReady("the server has stopped"))
+            assert not running.abort("mine")
+        watch = asyncio.create_task(running.end_stalled(0.05))
+        await asyncio.wait((task,), timeout=10)
+        watch.cancel()
+        return task.exception()
+
+    error = asyncio.run(stall())
+    code = json.loads(log.getvalue())["code"]
+    if is_last:
+        assert (error, code) == (None, "OK")
+    else:
+        assert isinstance(error, SlowReader) and code == "RESOURCE_EXHAUSTED"
+
+
 def test_a_request_is_ended_by_its_id_while_it_runs():
     running = requests()
 
@@ -77,20 +152,6 @@ def test_a_request_is_ended_by_its_id_while_it_runs():
         return not running.abort("mine")
 
     assert asyncio.run(abort())
-
-
-def test_a_log_that_nobody_reads_ends_no_request():
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    running = RunningRequests(RequestLog(Gone()), max_requests=8)
-
-    async def one():
-        with running.run("Generate", None, None):
-            return True
-
-    assert asyncio.run(one())
 
 
 def test_a_request_whose_last_message_is_on_its_way_is_not_aborted():

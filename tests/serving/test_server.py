@@ -12,10 +12,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.serving.server_process import CHAT, MODEL, PROMPT, Server, serving, wait_until
+from vivace.engine.errors import EngineDied
 from vivace.serving.boundary import Boundary
-from vivace.serving.client import Client
+from vivace.serving.client import AsyncClient, Client, VivaceError
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
+from vivace.serving.server import close_all
+from vivace.serving.status import SlowReader, TooLarge
 
 LOADS_FOR_EVER = f"""
     import sys
@@ -78,6 +81,51 @@ def test_a_full_server_refuses_with_a_time_to_wait_and_serves_those_it_took():
         assert int(trailers["grpc-retry-pushback-ms"]) > 0
         for call in (running, *waiting):
             assert list(call)[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("error", [TooLarge("x"), SlowReader("x"), EngineDied("x")])
+def test_what_may_not_be_tried_again_says_so(error):
+    """Clients try again by the status, which others share that may be."""
+
+    class Refusing(pb_grpc.InferenceServicer):
+        num_calls = 0
+
+        async def GetLoads(self, request, context):
+            self.num_calls += 1
+            raise error
+
+    async def run():
+        boundary = Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14)
+        server, servicer = grpc.aio.server(interceptors=(boundary,)), Refusing()
+        pb_grpc.add_InferenceServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            with pytest.raises(VivaceError) as ended:
+                await client.loads()
+        await server.stop(0)
+        return ended.value.retry_after_s, servicer.num_calls
+
+    assert asyncio.run(run()) == (None, 1)
+
+
+def test_all_that_a_server_holds_is_closed_before_an_error_of_closing_is_raised():
+    closed = []
+
+    class Held:
+        def __init__(self, error):
+            self._error = error
+
+        async def close(self):
+            await asyncio.sleep(0)
+            closed.append(self)
+            if self._error is not None:
+                raise self._error
+
+    held = [Held(OSError("first")), Held(OSError("second")), Held(None)]
+    with pytest.raises(OSError, match="first"):
+        asyncio.run(close_all(held))
+    assert closed == held
 
 
 def test_ctrl_c_drains_too():

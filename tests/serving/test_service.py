@@ -1,6 +1,7 @@
 """The API as a stranger meets it: every field, the standard services, the proto on its own."""
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_tools import protoc
 
-from tests.serving.server_process import CHAT, PROMPT, serving, wait_until
+from tests.serving.server_process import CHAT, MODEL, PROMPT, serving, wait_until
 from vivace.serving import convert
 from vivace.serving.boundary import Boundary
 from vivace.serving.client import AsyncClient, Client
@@ -328,8 +329,8 @@ def test_bytes_that_are_no_protobuf_are_an_invalid_argument(channel, client, met
     assert client.health() == "SERVING"
 
 
-def test_a_bug_is_internal_for_that_call_alone_and_says_nothing_of_the_inside(capsys):
-    """A servicer with a bug, behind the real boundary."""
+def bug():
+    """The error of a call of a servicer with a bug, behind the real boundary."""
 
     class Buggy(pb_grpc.InferenceServicer):
         async def Chat(self, request, context):
@@ -355,10 +356,42 @@ def test_a_bug_is_internal_for_that_call_alone_and_says_nothing_of_the_inside(ca
         await server.stop(0)
         return error.value
 
-    error = asyncio.run(run())
+    return asyncio.run(run())
+
+
+def test_a_bug_is_internal_for_that_call_alone_and_says_nothing_of_the_inside(capsys):
+    error = bug()
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in error.details()
     assert "secret" in capsys.readouterr().err
+
+
+def test_a_bug_is_internal_where_nobody_reads_the_log_too(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    assert bug().code() is grpc.StatusCode.INTERNAL
+
+
+def test_a_server_whose_stderr_nobody_reads_serves():
+    words = [sys.executable, "-m", "vivace", "serve", str(MODEL), "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        target = process.stdout.readline().split()[-1]
+        process.stderr.close()
+        with Client(target, max_retries=0) as client:
+            for _ in range(3):
+                assert client.complete("x", max_tokens=1, ignore_eos=True).replies
+                code, _ = refusal(client.generate("x", temperature=9))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+            process.terminate()
+            assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_the_asyncio_client_streams_and_hangs_up(server):
