@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -11,8 +12,8 @@ import grpc
 
 from vivace.serving.client import batch, requests, results
 from vivace.serving.client.batch import Answer, Outcome, Progress
-from vivace.serving.client.connection import health_check, options_for, seconds
-from vivace.serving.client.errors import closed, error_of, is_task_cancelled
+from vivace.serving.client.connection import OPTIONS, health_check, seconds
+from vivace.serving.client.errors import closed, is_task_cancelled
 from vivace.serving.client.requests import (
     BatchItem,
     EmbedParams,
@@ -23,6 +24,7 @@ from vivace.serving.client.requests import (
     TokenizeParams,
 )
 from vivace.serving.client.results import Completion, Embedding, Event, Scores, Tokens
+from vivace.serving.client.retry import AsyncMessages, Retries, Timer, check_retries, unary_async
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 
@@ -30,15 +32,15 @@ from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 class AsyncStream:
     """Events of one call as they come. `aclose`, or forgetting it, hangs up, and the server frees what it held."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, messages: AsyncMessages) -> None:
+        self._messages = messages
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
 
     def __del__(self) -> None:
         # A call that nobody reads would run on: gRPC's own tasks keep it alive.
-        if not self._call.done() and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._call.cancel)
+        if not self._messages.done() and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._messages.cancel)
 
     async def __aenter__(self) -> "AsyncStream":
         return self
@@ -58,23 +60,18 @@ class AsyncStream:
         if self._is_closed:
             raise StopAsyncIteration
         try:
-            message = await self._call.read()
-        except grpc.RpcError as error:
-            raise error_of(error) from error
+            return results.event(await anext(self._messages))
         except asyncio.CancelledError:
             if is_task_cancelled():
                 raise
             if self._is_closed:  # by another task, while this one waited
                 raise StopAsyncIteration from None
             raise closed() from None
-        if message is grpc.aio.EOF:
-            raise StopAsyncIteration
-        return results.event(message)
 
     async def aclose(self) -> None:
         """Hang up. Idempotent."""
         self._is_closed = True
-        self._call.cancel()
+        self._messages.cancel()
 
 
 class AsyncClient:
@@ -85,7 +82,8 @@ class AsyncClient:
     """
 
     def __init__(self, target: str, *, timeout: float | None = None, max_retries: int = 3) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=options_for(max_retries))
+        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        self._max_retries = check_retries(max_retries)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout = timeout
 
@@ -160,9 +158,9 @@ class AsyncClient:
     ) -> AsyncGenerator[Answer]:
         """See `Client.batch_iter`."""
         calls = batch.split([requests.batch_item(item, params) for item in items])
-        timer = batch.Timer(seconds(timeout, self._timeout))
+        timer = Timer(seconds(timeout, self._timeout))
 
-        def start(request: pb.BatchRequest) -> Any:
+        def start(request: pb.BatchRequest) -> AsyncMessages:
             return self._stream(self._stub.Batch, request, timer.left())
 
         return batch.run_async(calls, start, max_parallel)
@@ -253,8 +251,6 @@ class AsyncClient:
         try:
             async for loads in call:
                 yield loads
-        except grpc.RpcError as error:
-            raise error_of(error) from error
         except asyncio.CancelledError:
             if is_task_cancelled():
                 raise
@@ -264,7 +260,8 @@ class AsyncClient:
 
     async def health(self, *, timeout: float | None = None) -> str:
         """See `Client.health`."""
-        return str(await self._unary(health_check(self._channel), b"", timeout))
+        retries = Retries(seconds(timeout, self._timeout), 0)  # it tells of now
+        return str(await _unary(health_check(self._channel), b"", retries))
 
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
@@ -272,20 +269,27 @@ class AsyncClient:
 
     async def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
         """Make a call that does not stream. Raises VivaceError."""
-        try:
-            return await method(request, timeout=seconds(timeout, self._timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        except grpc.aio.UsageError as error:
-            raise closed() from error
-        except asyncio.CancelledError:
-            if is_task_cancelled():
-                raise
-            raise closed() from None
+        return await _unary(method, request, self._retries(timeout))
 
-    def _stream(self, method: Any, request: Any, timeout: float | None) -> Any:
+    def _stream(self, method: Any, request: Any, timeout: float | None) -> AsyncMessages:
         """Begin a call that streams. Raises VivaceError."""
-        try:
-            return method(request, timeout=seconds(timeout, self._timeout))
-        except grpc.aio.UsageError as error:
-            raise closed() from error
+        return AsyncMessages(partial(_begin, method, request), self._retries(timeout))
+
+    def _retries(self, timeout: float | None) -> Retries:
+        return Retries(seconds(timeout, self._timeout), self._max_retries)
+
+
+async def _unary(method: Any, request: Any, retries: Retries) -> Any:
+    try:
+        return await unary_async(partial(_begin, method, request), retries)
+    except asyncio.CancelledError:
+        if is_task_cancelled():
+            raise
+        raise closed() from None
+
+
+def _begin(method: Any, request: Any, timeout: float | None) -> Any:
+    try:
+        return method(request, timeout=timeout)
+    except grpc.aio.UsageError as error:
+        raise closed() from error

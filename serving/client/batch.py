@@ -4,10 +4,8 @@ An item that fails, alone or with its call, fails as a value in its own place; n
 """
 
 import asyncio
-import math
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from contextlib import suppress
@@ -20,7 +18,6 @@ from vivace.serving.client import results
 from vivace.serving.client.errors import (
     VivaceError,
     closed,
-    error_of,
     error_of_item,
     is_task_cancelled,
 )
@@ -60,17 +57,6 @@ def split(items: Sequence[pb.BatchItem]) -> list[Call]:
         calls[-1].request.items.append(item)
         num_bytes += size
     return calls
-
-
-class Timer:
-    """What is left of a time that all calls share."""
-
-    def __init__(self, timeout: float | None) -> None:
-        self._end = math.inf if timeout is None else time.monotonic() + timeout
-
-    def left(self) -> float | None:
-        """Seconds, for the next call; None: no end to it."""
-        return None if self._end == math.inf else max(0.0, self._end - time.monotonic())
 
 
 class _Answers:
@@ -196,8 +182,8 @@ def _read(call: Call, start: Start) -> Generator[Answer, None, None]:
     try:
         for response in start(call.request):
             yield answers.take(response)
-    except grpc.RpcError as error:
-        yield from answers.rest(error_of(error))
+    except VivaceError as error:
+        yield from answers.rest(error)
     else:
         yield from answers.rest(error_of_item(*NO_ANSWER))
 
@@ -208,8 +194,8 @@ async def _read_async(call: Call, start: Start) -> AsyncGenerator[Answer]:
         async for response in start(call.request):
             yield answers.take(response)
         rest = answers.rest(error_of_item(*NO_ANSWER))
-    except grpc.RpcError as error:
-        rest = answers.rest(error_of(error))
+    except VivaceError as error:
+        rest = answers.rest(error)
     except asyncio.CancelledError:
         if is_task_cancelled():
             raise

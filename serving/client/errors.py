@@ -97,10 +97,19 @@ def error_of(error: Any) -> VivaceError:
     if isinstance(error, VivaceError):
         return error
     trailers = tuple((key, value) for key, value in error.trailing_metadata() or ())
-    pushback_ms = dict(trailers).get(PUSHBACK_KEY, "-1")  # negative: a retry is of no use
-    retry_after_s = None if int(pushback_ms) < 0 else int(pushback_ms) / 1e3
+    asked_ms = pushback_ms(error)
+    retry_after_s = None if asked_ms is None or asked_ms < 0 else asked_ms / 1e3
     kind = ERRORS.get(error.code(), VivaceError)
     return kind(error.code(), error.details() or "", retry_after_s, trailers)
+
+
+def pushback_ms(error: Any) -> int | None:
+    """How long the server asks to wait with a retry; negative: there is to be none; None: it does not say."""
+    value = dict(error.trailing_metadata() or ()).get(PUSHBACK_KEY)
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        return -1  # as gRPC takes what it cannot read
 
 
 def error_of_item(number: int, details: str) -> VivaceError:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -10,8 +11,8 @@ import grpc
 
 from vivace.serving.client import batch, requests, results
 from vivace.serving.client.batch import Answer, Outcome, Progress
-from vivace.serving.client.connection import health_check, options_for, seconds
-from vivace.serving.client.errors import closed, error_of
+from vivace.serving.client.connection import OPTIONS, health_check, seconds
+from vivace.serving.client.errors import VivaceError, closed
 from vivace.serving.client.requests import (
     BatchItem,
     EmbedParams,
@@ -22,6 +23,7 @@ from vivace.serving.client.requests import (
     TokenizeParams,
 )
 from vivace.serving.client.results import Completion, Embedding, Event, Scores, Tokens
+from vivace.serving.client.retry import Messages, Retries, Timer, check_retries, unary
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 
@@ -29,8 +31,8 @@ from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 class Stream:
     """Events of one call as they come. `close`, or forgetting it, hangs up, and the server frees what it held."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, messages: Messages) -> None:
+        self._messages = messages
         self._is_closed = False
 
     def __enter__(self) -> "Stream":
@@ -51,16 +53,16 @@ class Stream:
         if self._is_closed:
             raise StopIteration
         try:
-            return results.event(next(self._call))
-        except grpc.RpcError as error:
+            return results.event(next(self._messages))
+        except VivaceError:
             if self._is_closed:  # by another thread, while this one waited
                 raise StopIteration from None
-            raise error_of(error) from error
+            raise
 
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._is_closed = True
-        self._call.cancel()
+        self._messages.cancel()
 
 
 class Client:
@@ -71,7 +73,8 @@ class Client:
     """
 
     def __init__(self, target: str, *, timeout: float | None = None, max_retries: int = 3) -> None:
-        self._channel = grpc.insecure_channel(target, options=options_for(max_retries))
+        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._max_retries = check_retries(max_retries)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout = timeout
 
@@ -91,7 +94,7 @@ class Client:
     ) -> Stream:
         """Continue a prompt: text, token ids, or `{"prompt_token_ids": [...]}`."""
         request = requests.generate_request(prompt, params)
-        return Stream(self._call(self._stub.Generate, request, timeout))
+        return Stream(self._stream(self._stub.Generate, request, timeout))
 
     def chat(
         self,
@@ -102,14 +105,14 @@ class Client:
     ) -> Stream:
         """The next turn of a conversation of `{"role": ..., "content": ...}`."""
         request = requests.chat_request(messages, params)
-        return Stream(self._call(self._stub.Chat, request, timeout))
+        return Stream(self._stream(self._stub.Chat, request, timeout))
 
     def complete(
         self, prompt: Prompt, *, timeout: float | None = None, **params: Unpack[Params]
     ) -> Completion:
         """`generate`, all of it at once."""
         request = requests.generate_request(prompt, params)
-        return results.completion(self._call(self._stub.GenerateUnary, request, timeout))
+        return results.completion(self._unary(self._stub.GenerateUnary, request, timeout))
 
     def complete_chat(
         self,
@@ -120,7 +123,7 @@ class Client:
     ) -> Completion:
         """`chat`, all of it at once."""
         request = requests.chat_request(messages, params)
-        return results.completion(self._call(self._stub.ChatUnary, request, timeout))
+        return results.completion(self._unary(self._stub.ChatUnary, request, timeout))
 
     def batch(
         self,
@@ -151,10 +154,10 @@ class Client:
     ) -> Generator[Answer, None, None]:
         """`batch`, each (index, outcome) as it ends. Closing the iterator cancels the rest."""
         calls = batch.split([requests.batch_item(item, params) for item in items])
-        timer = batch.Timer(seconds(timeout, self._timeout))
+        timer = Timer(seconds(timeout, self._timeout))
 
-        def start(request: pb.BatchRequest) -> Any:
-            return self._call(self._stub.Batch, request, timer.left())
+        def start(request: pb.BatchRequest) -> Messages:
+            return self._stream(self._stub.Batch, request, timer.left())
 
         return batch.run(calls, start, max_parallel)
 
@@ -167,7 +170,7 @@ class Client:
     ) -> tuple[Embedding, ...]:
         """The model's final hidden state of each input, pooled."""
         request = requests.embed_request(inputs, params)
-        return results.embeddings(self._call(self._stub.Embed, request, timeout))
+        return results.embeddings(self._unary(self._stub.Embed, request, timeout))
 
     def score(
         self,
@@ -179,7 +182,7 @@ class Client:
     ) -> Scores:
         """How probable the model finds each continuation of a prompt."""
         request = requests.score_request(prompt, continuations, params)
-        return results.scores(self._call(self._stub.Score, request, timeout))
+        return results.scores(self._unary(self._stub.Score, request, timeout))
 
     def tokenize(
         self,
@@ -190,7 +193,7 @@ class Client:
     ) -> Tokens:
         """Token ids of a text, or of a conversation as the chat template renders it."""
         request = requests.tokenize_request(source, params)
-        return results.tokens(self._call(self._stub.Tokenize, request, timeout))
+        return results.tokens(self._unary(self._stub.Tokenize, request, timeout))
 
     def detokenize(
         self,
@@ -204,32 +207,32 @@ class Client:
         request = pb.DetokenizeRequest(
             token_ids=token_ids, skip_special_tokens=skip_special_tokens, model=model
         )
-        return str(self._call(self._stub.Detokenize, request, timeout).text)
+        return str(self._unary(self._stub.Detokenize, request, timeout).text)
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         """End a request by its id; whether there was one."""
         request = pb.AbortRequest(request_id=request_id)
-        return bool(self._call(self._stub.Abort, request, timeout).found)
+        return bool(self._unary(self._stub.Abort, request, timeout).found)
 
     def model_info(
         self, *, model: str | None = None, timeout: float | None = None
     ) -> pb.GetModelInfoResponse:
         """What is served."""
         request = pb.GetModelInfoRequest(model=model)
-        return self._call(self._stub.GetModelInfo, request, timeout)
+        return self._unary(self._stub.GetModelInfo, request, timeout)
 
     def server_info(
         self, *, model: str | None = None, timeout: float | None = None
     ) -> pb.GetServerInfoResponse:
         """How it is served."""
         request = pb.GetServerInfoRequest(model=model)
-        return self._call(self._stub.GetServerInfo, request, timeout)
+        return self._unary(self._stub.GetServerInfo, request, timeout)
 
     def loads(
         self, *, model: str | None = None, timeout: float | None = None
     ) -> pb.GetLoadsResponse:
         """How busy it is."""
-        return self._call(self._stub.GetLoads, pb.GetLoadsRequest(model=model), timeout)
+        return self._unary(self._stub.GetLoads, pb.GetLoadsRequest(model=model), timeout)
 
     def watch_loads(
         self,
@@ -240,24 +243,31 @@ class Client:
     ) -> Generator[pb.GetLoadsResponse, None, None]:
         """How busy it is, again and again, until the iterator is closed. The client's timeout does not end it."""
         request = pb.WatchLoadsRequest(model=model, interval_ms=interval_ms)
-        try:  # gRPC cancels a call that nobody holds
-            yield from self._call(self._stub.WatchLoads, request, timeout)
-        except grpc.RpcError as error:
-            raise error_of(error) from error
+        yield from self._stream(self._stub.WatchLoads, request, timeout)
 
     def health(self, *, timeout: float | None = None) -> str:
         """`SERVING` or `NOT_SERVING`."""
-        return str(self._call(health_check(self._channel), b"", timeout))
+        retries = Retries(seconds(timeout, self._timeout), 0)  # it tells of now
+        return str(unary(partial(_begin, health_check(self._channel), b""), retries))
 
     def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
         self._channel.close()
 
-    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        """Begin a call that streams, or make one that does not. Raises VivaceError."""
-        try:
-            return method(request, timeout=seconds(timeout, self._timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        except ValueError as error:  # gRPC's word for a channel that is closed
-            raise closed() from error
+    def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
+        """Make a call that does not stream. Raises VivaceError."""
+        return unary(partial(_begin, method, request), self._retries(timeout))
+
+    def _stream(self, method: Any, request: Any, timeout: float | None) -> Messages:
+        """Begin a call that streams. Raises VivaceError."""
+        return Messages(partial(_begin, method, request), self._retries(timeout))
+
+    def _retries(self, timeout: float | None) -> Retries:
+        return Retries(seconds(timeout, self._timeout), self._max_retries)
+
+
+def _begin(method: Any, request: Any, timeout: float | None) -> Any:
+    try:
+        return method(request, timeout=timeout)
+    except ValueError as error:  # gRPC's word for a channel that is closed
+        raise closed() from error

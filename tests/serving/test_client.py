@@ -5,6 +5,8 @@ import gc
 import math
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -16,6 +18,7 @@ from vivace.serving.client import (
     Client,
     Completion,
     DeadlineExceeded,
+    Overloaded,
     Unavailable,
     VivaceError,
 )
@@ -87,10 +90,52 @@ def test_it_gives_up(fake, way, refusal, options, tries, retry_after_s):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_retry_never_passes_the_deadline(fake, way):
+def test_a_retry_that_would_pass_the_deadline_is_not_waited_for(fake, way):
     fake.refusals = [(REFUSED, 60_000)]
-    with pytest.raises(DeadlineExceeded):
-        ask(way, fake.target, timeout=0.3)
+    started = time.monotonic()
+    with pytest.raises(Overloaded) as error:
+        ask(way, fake.target, timeout=20)
+    assert error.value.retry_after_s == 60
+    assert time.monotonic() - started < 10
+    assert len(fake.times) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_goes_away_between_tries_is_unavailable(way):
+    with ThreadPoolExecutor() as pool:
+        with fake_server() as (fake, target):
+            fake.refusals = [(REFUSED, 500)]
+            asking = pool.submit(ask, way, target, timeout=30)
+            while not fake.times:
+                time.sleep(0.01)
+        with pytest.raises(Unavailable):
+            asking.result(20)
+
+
+def test_a_stream_that_is_closed_between_tries_ends(fake, client):
+    fake.refusals = [(REFUSED, 60_000)]
+    stream = client.generate("x")
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(list, stream)
+        while not fake.times:
+            time.sleep(0.01)
+        stream.close()
+        assert reading.result(20) == []
+    assert len(fake.times) == 1
+
+
+def test_an_async_stream_that_is_closed_between_tries_ends(fake):
+    async def run():
+        async with AsyncClient(fake.target) as client:
+            stream = client.generate("x")
+            reading = asyncio.create_task(anext(stream, None))
+            while not fake.times:
+                await asyncio.sleep(0.01)
+            await stream.aclose()
+            return await reading
+
+    fake.refusals = [(REFUSED, 60_000)]
+    assert asyncio.run(asyncio.wait_for(run(), 20)) is None
     assert len(fake.times) == 1
 
 

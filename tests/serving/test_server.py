@@ -166,7 +166,7 @@ def test_a_draining_server_says_so_until_its_last_request_has_ended():
             request = health_pb2.HealthCheckRequest(service="vivace.v1.Inference")
             watch = health_pb2_grpc.HealthStub(channel).Watch(request)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-            call = client.generate(PROMPT, max_tokens=1500, ignore_eos=True)
+            call = client.generate(PROMPT, max_tokens=200, ignore_eos=True)
             next(call)
             server.process.terminate()
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING

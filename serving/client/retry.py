@@ -1,0 +1,177 @@
+"""Calls that are tried again: refused for now, or cut off before the first message. The rules are those of gRPC's own
+retries (gRFC A6); theirs are off, since in gRPC 1.85 a stream whose last try finds nobody listening never ends, deadline or not.
+
+A try that ended RESOURCE_EXHAUSTED or UNAVAILABLE is repeated after the time that the server's pushback names (negative:
+not at all), else with exponential backoff and jitter. A wait that would pass the deadline is not begun.
+"""
+
+import asyncio
+import math
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from vivace.serving.client.errors import closed, error_of, pushback_ms
+
+MAX_RETRIES = 4
+CODES = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+FIRST_WAIT_S = 0.2
+MAX_WAIT_S = 5.0
+JITTER = 0.2
+
+Begin = Callable[[float | None], Any]  # one try, in so many seconds (None: no end to it)
+
+
+class Timer:
+    """What is left of a time that all tries share, or all calls."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = math.inf if timeout is None else time.monotonic() + timeout
+
+    def left(self) -> float | None:
+        """Seconds, for the next of them; None: no end to it."""
+        return None if self._end == math.inf else max(0.0, self._end - time.monotonic())
+
+    def allows(self, wait_s: float) -> bool:
+        """Whether there is time left after a wait."""
+        return time.monotonic() + wait_s < self._end
+
+
+class Retries:
+    """How often one call is tried again, and when."""
+
+    def __init__(self, timeout: float | None, max_retries: int) -> None:
+        self.timer = Timer(timeout)
+        self._left = max_retries
+        self._wait_s = FIRST_WAIT_S
+
+    def wait_after(self, error: Any) -> float:
+        """Seconds until the next try. Raises `error` as a VivaceError if there is to be none."""
+        wait_s = self._wait(error)
+        if wait_s is None or not self.timer.allows(wait_s):
+            raise error_of(error) from error
+        self._left -= 1
+        return wait_s
+
+    def stop(self) -> None:
+        """No more tries: a message has come."""
+        self._left = 0
+
+    def _wait(self, error: Any) -> float | None:
+        if not self._left or error.code() not in CODES:
+            return None
+        asked_ms = pushback_ms(error)
+        if asked_ms is not None:
+            self._wait_s = FIRST_WAIT_S
+            return None if asked_ms < 0 else asked_ms / 1e3
+        wait_s = self._wait_s * random.uniform(1 - JITTER, 1 + JITTER)
+        self._wait_s = min(self._wait_s * 2, MAX_WAIT_S)
+        return wait_s
+
+
+def check_retries(max_retries: int) -> int:
+    """`max_retries`. Raises ValueError if it is not in 0..4."""
+    if not 0 <= max_retries <= MAX_RETRIES:
+        raise ValueError(f"max_retries must be in 0..{MAX_RETRIES}, got {max_retries}")
+    return max_retries
+
+
+def unary(begin: Begin, retries: Retries) -> Any:
+    """The reply of a call that does not stream. Raises VivaceError."""
+    while True:
+        try:
+            return begin(retries.timer.left())
+        except grpc.RpcError as error:
+            time.sleep(retries.wait_after(error))
+
+
+async def unary_async(begin: Begin, retries: Retries) -> Any:
+    """See `unary`."""
+    while True:
+        try:
+            return await begin(retries.timer.left())
+        except grpc.RpcError as error:
+            await asyncio.sleep(retries.wait_after(error))
+
+
+class Messages:
+    """Messages of a call that streams. Raises VivaceError. Forgetting it cancels the call."""
+
+    def __init__(self, begin: Begin, retries: Retries) -> None:
+        self._begin = begin
+        self._retries = retries
+        self._lock = threading.Lock()
+        self._is_cancelled = threading.Event()
+        self._call = begin(retries.timer.left())
+
+    def __iter__(self) -> "Messages":
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                message = next(self._call)
+            except grpc.RpcError as error:
+                self._again(self._retries.wait_after(error))
+            else:
+                self._retries.stop()
+                return message
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+        with self._lock:
+            self._is_cancelled.set()
+            self._call.cancel()
+
+    def _again(self, wait_s: float) -> None:
+        self._is_cancelled.wait(wait_s)
+        with self._lock:
+            if self._is_cancelled.is_set():
+                raise closed()
+            self._call = self._begin(self._retries.timer.left())
+
+
+class AsyncMessages:
+    """See `Messages`; as gRPC's own calls it keeps running when forgotten, and ends with CancelledError when cancelled."""
+
+    def __init__(self, begin: Begin, retries: Retries) -> None:
+        self._begin = begin
+        self._retries = retries
+        self._is_cancelled = asyncio.Event()
+        self._call = begin(retries.timer.left())
+
+    def __aiter__(self) -> "AsyncMessages":
+        return self
+
+    async def __anext__(self) -> Any:
+        while True:
+            try:
+                message = await self._call.read()
+            except grpc.RpcError as error:
+                await self._again(self._retries.wait_after(error))
+            else:
+                self._retries.stop()
+                if message is grpc.aio.EOF:
+                    raise StopAsyncIteration
+                return message
+
+    def done(self) -> bool:
+        """Whether nothing runs now."""
+        return bool(self._call.done())
+
+    def cancel(self) -> None:
+        """End it."""
+        self._is_cancelled.set()
+        self._call.cancel()
+
+    async def _again(self, wait_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._is_cancelled.wait(), wait_s)
+        except TimeoutError:
+            self._call = self._begin(self._retries.timer.left())
+        else:
+            raise asyncio.CancelledError
