@@ -1,5 +1,5 @@
 """Calls that are tried again: refused for now, or cut off before the first message. The rules are those of gRPC's own
-retries (gRFC A6); theirs are off, since in gRPC 1.85 a stream whose last try finds nobody listening never ends, deadline or not.
+retries (gRFC A6). Theirs are off: in gRPC 1.85 a stream whose last try finds nobody listening never ends.
 
 A try that ended RESOURCE_EXHAUSTED or UNAVAILABLE is repeated after the time that the server's pushback names (negative:
 not at all), else with exponential backoff and jitter. A wait that would pass the deadline is not begun.
