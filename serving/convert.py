@@ -53,6 +53,7 @@ REASONS = {
     FinishReason.STOP: pb.Finish.REASON_STOP,
     FinishReason.LENGTH: pb.Finish.REASON_LENGTH,
 }
+PLACES_AT_ONCE = 256  # of 20 logprobs each they take four milliseconds
 
 POOLING = {pb.EmbedRequest.POOLING_MEAN: Pooling.MEAN, pb.EmbedRequest.POOLING_LAST: Pooling.LAST}
 
@@ -124,8 +125,8 @@ def content_of(message: pb.ChatMessage) -> str:
     return "".join(part.text for part in message.content_parts)
 
 
-def response(event: TextEvent) -> pb.GenerateResponse:
-    """One message of a stream."""
+async def response(event: TextEvent) -> pb.GenerateResponse:
+    """One message of a stream. Others have their turn while it is made, as in all that may hold 640,000 logprobs."""
     message = pb.GenerateResponse(
         request_id=event.request_id,
         index=event.index,
@@ -134,28 +135,28 @@ def response(event: TextEvent) -> pb.GenerateResponse:
         finish=None if event.finish is None else _finish(event),
     )
     if event.logprobs:
-        message.logprobs.extend(map(_place, event.logprobs))
+        await _extend(message.logprobs, event.logprobs)
     if event.prompt_logprobs:
-        message.prompt_logprobs.extend(map(_place, event.prompt_logprobs))
+        await _extend(message.prompt_logprobs, event.prompt_logprobs)
     return message
 
 
 async def unary_response(request_id: str, events: Sequence[TextEvent]) -> pb.GenerateUnaryResponse:
-    """All events of a request in one message. Others have their turn between two replies, which may have 38,000 logprobs."""
+    """All events of a request in one message."""
     message = pb.GenerateUnaryResponse(request_id=request_id)
     of_reply: dict[int, list[TextEvent]] = {}
     for event in events:
         of_reply.setdefault(event.index, []).append(event)
-        message.prompt_logprobs.extend(map(_place, event.prompt_logprobs))
+        await _extend(message.prompt_logprobs, event.prompt_logprobs)
     for index, parts in sorted(of_reply.items()):
         await asyncio.sleep(0)
-        message.replies.add(
+        reply = message.replies.add(
             index=index,
             text="".join(event.text for event in parts),
             token_ids=[token for event in parts for token in event.token_ids],
-            logprobs=[_place(place) for event in parts for place in event.logprobs],
             finish=_finish(parts[-1]),
         )
+        await _extend(reply.logprobs, [place for event in parts for place in event.logprobs])
     return message
 
 
@@ -169,7 +170,7 @@ def embed_response(request_id: str, found: Sequence[Embedding]) -> pb.EmbedRespo
     )
 
 
-def score_response(
+async def score_response(
     request_id: str,
     scores: Sequence[Score],
     *,
@@ -178,20 +179,17 @@ def score_response(
     shows_places: bool,
 ) -> pb.ScoreResponse:
     """One score a continuation."""
-    return pb.ScoreResponse(
-        request_id=request_id,
-        scores=[
-            pb.ContinuationScore(
-                sum_logprob=one.sum_logprob,
-                mean_logprob=one.mean_logprob,
-                token_ids=[place.token_id for place in one.places],
-                logprobs=map(_place, one.places) if shows_places else (),
-            )
-            for one in scores
-        ],
-        prompt_logprobs=map(_place, prompt_logprobs),
-        prompt_tokens=prompt_tokens,
-    )
+    message = pb.ScoreResponse(request_id=request_id, prompt_tokens=prompt_tokens)
+    for one in scores:
+        score = message.scores.add(
+            sum_logprob=one.sum_logprob,
+            mean_logprob=one.mean_logprob,
+            token_ids=[place.token_id for place in one.places],
+        )
+        if shows_places:
+            await _extend(score.logprobs, one.places)
+    await _extend(message.prompt_logprobs, prompt_logprobs)
+    return message
 
 
 def model_info(
@@ -251,6 +249,14 @@ def _finish(event: TextEvent) -> pb.Finish:
     elif event.stop is not None:
         finish.stop_string = event.stop
     return finish
+
+
+async def _extend(field: Any, places: Sequence[TokenLogprobs | None]) -> None:
+    """Put places into a message, some at a time."""
+    for start in range(0, len(places), PLACES_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        field.extend(map(_place, places[start : start + PLACES_AT_ONCE]))
 
 
 def _place(place: TokenLogprobs | None) -> pb.TokenLogprobs:

@@ -147,7 +147,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
                 num_logprobs=logprobs or 0,
                 prompt_logprobs=of_prompt,
             )
-            return convert.score_response(
+            return await convert.score_response(
                 running.id,
                 scores,
                 prompt_tokens=len(prompt),
@@ -267,7 +267,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             async with aclosing(self._events(request, running, {})) as events:
                 async for event in events:
                     num_left -= event.finish is not None
-                    await running.write(context, convert.response(event), is_last=not num_left)
+                    message = await convert.response(event)
+                    await running.write(context, message, is_last=not num_left)
 
     async def _whole(
         self, request: convert.Request, running: Running, places: Places
