@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
@@ -16,7 +15,6 @@ from vivace.serving import cli
 
 VIVACE = (sys.executable, "-P", "-m", "vivace")
 # Where the tests run in the background of a shell they ignore SIGINT, and their children would too.
-with_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*words, **options):
@@ -122,9 +120,7 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on_with_what_was_said(server):
     terminal, inside = pty.openpty()
     words = (*VIVACE, "chat", "--min-tokens", "1900", "--target", server.target)
     before = len(server.errors)
-    chat = subprocess.Popen(
-        words, stdin=inside, stdout=inside, stderr=inside, preexec_fn=with_sigint
-    )
+    chat = subprocess.Popen(words, stdin=inside, stdout=inside, stderr=inside)
     os.close(inside)
     try:
         shown = Shown(terminal)
@@ -263,7 +259,6 @@ def test_an_interrupt_cuts_lines_off_and_writes_no_more(server, client):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=with_sigint,
     )
     with process:
         process.stdin.write(b"Hello\n" * 40)
@@ -289,9 +284,7 @@ def test_a_checkpoint_answers_as_a_server_does_and_leaves_nothing(server):
 
 def test_a_checkpoint_streams_and_an_interrupt_ends_its_engine():
     words = (*VIVACE, "generate", "Hello", "--model", str(MODEL), "--ignore-eos")
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=with_sigint
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
         assert process.stdout.read(5) == b"Hello"
         assert process.stdout.read(20)  # of 2,000 tokens

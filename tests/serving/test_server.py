@@ -161,7 +161,7 @@ def test_a_server_without_requests_drains_in_no_time():
 
 
 def test_a_draining_server_says_so_until_its_last_request_has_ended():
-    with serving() as server, Client(server.target) as client:
+    with serving() as server, Client(server.target, max_retries=0) as client:
         with grpc.insecure_channel(server.target) as channel:
             request = health_pb2.HealthCheckRequest(service="vivace.v1.Inference")
             watch = health_pb2_grpc.HealthStub(channel).Watch(request)
