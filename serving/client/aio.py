@@ -288,8 +288,8 @@ async def _unary(method: Any, request: Any, retries: Retries) -> Any:
         raise closed() from None
 
 
-def _begin(method: Any, request: Any, timeout: float | None) -> Any:
+def _begin(method: Any, request: Any, timeout: float) -> Any:
     try:
-        return method(request, timeout=timeout)
+        return method(request, timeout=None if timeout == math.inf else timeout)
     except grpc.aio.UsageError as error:
         raise closed() from error

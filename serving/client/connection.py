@@ -17,10 +17,10 @@ OPTIONS = (
 )
 
 
-def seconds(timeout: float | None, default: float | None) -> float | None:
-    """The time a call gets; None: no end to it."""
+def seconds(timeout: float | None, default: float | None) -> float:
+    """The time a call gets; `math.inf`: no end to it."""
     chosen = default if timeout is None else timeout
-    return None if chosen == math.inf else chosen
+    return math.inf if chosen is None else chosen
 
 
 def health_check(channel: Any) -> Callable[..., Any]:

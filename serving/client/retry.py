@@ -6,7 +6,6 @@ not at all), else with exponential backoff and jitter. A wait that would pass th
 """
 
 import asyncio
-import math
 import random
 import threading
 import time
@@ -23,18 +22,18 @@ FIRST_WAIT_S = 0.2
 MAX_WAIT_S = 5.0
 JITTER = 0.2
 
-Begin = Callable[[float | None], Any]  # one try, in so many seconds (None: no end to it)
+Begin = Callable[[float], Any]  # one try, in so many seconds (`math.inf`: no end to it)
 
 
 class Timer:
     """What is left of a time that all tries share, or all calls."""
 
-    def __init__(self, timeout: float | None) -> None:
-        self._end = math.inf if timeout is None else time.monotonic() + timeout
+    def __init__(self, timeout: float) -> None:
+        self._end = time.monotonic() + timeout
 
-    def left(self) -> float | None:
-        """Seconds, for the next of them; None: no end to it."""
-        return None if self._end == math.inf else max(0.0, self._end - time.monotonic())
+    def left(self) -> float:
+        """Seconds, for the next of them; `math.inf`: no end to it."""
+        return max(0.0, self._end - time.monotonic())
 
     def allows(self, wait_s: float) -> bool:
         """Whether there is time left after a wait."""
@@ -44,7 +43,7 @@ class Timer:
 class Retries:
     """How often one call is tried again, and when."""
 
-    def __init__(self, timeout: float | None, max_retries: int) -> None:
+    def __init__(self, timeout: float, max_retries: int) -> None:
         self.timer = Timer(timeout)
         self._left = max_retries
         self._wait_s = FIRST_WAIT_S

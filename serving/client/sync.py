@@ -266,8 +266,8 @@ class Client:
         return Retries(seconds(timeout, self._timeout), self._max_retries)
 
 
-def _begin(method: Any, request: Any, timeout: float | None) -> Any:
+def _begin(method: Any, request: Any, timeout: float) -> Any:
     try:
-        return method(request, timeout=timeout)
+        return method(request, timeout=None if timeout == math.inf else timeout)
     except ValueError as error:  # gRPC's word for a channel that is closed
         raise closed() from error

@@ -353,3 +353,12 @@ def test_every_status_is_an_error_that_gRPC_code_can_read_too(fake, code):
     assert (error.value.code(), error.value.details()) == (code, "not now")
     assert str(error.value) == f"{code.name}: not now"
     assert dict(error.value.trailing_metadata()) == {"grpc-retry-pushback-ms": "-1"}
+
+
+def test_a_batch_without_end_outlasts_the_time_that_others_get(fake):
+    with Client(fake.target, timeout=5) as client:
+        client.batch(["a"], timeout=math.inf)
+        client.batch(["a"])
+    unbounded, bounded = fake.left
+    assert unbounded is None or unbounded > 1e6
+    assert bounded <= 5
