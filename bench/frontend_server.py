@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import cycle, islice
 from pathlib import Path
@@ -91,10 +91,9 @@ class Echo(pb_grpc.InferenceServicer):
     """Answers with the service's messages, made beforehand, and does nothing else."""
 
     def __init__(
-        self, pieces: list[TextEvent], last: TextEvent, whole: pb.GenerateUnaryResponse
+        self, messages: Sequence[pb.GenerateResponse], whole: pb.GenerateUnaryResponse
     ) -> None:
-        self._messages = [convert.response(one) for one in pieces]
-        self._last = convert.response(last)
+        *self._messages, self._last = messages
         self._whole = whole
 
     async def Generate(
@@ -122,9 +121,10 @@ async def _serve(kind: str, model: Path) -> None:
     with Path(os.devnull).open("w") as log:  # written and flushed, and kept nowhere
         if kind == "echo":
             server = grpc.aio.server()
-            *pieces, last = await _events(engine, tokenizer, len(reply) + 1)
-            whole = await convert.unary_response(REQUEST_ID, [last])
-            servicer: pb_grpc.InferenceServicer = Echo(pieces, last, whole)
+            events = await _events(engine, tokenizer, len(reply) + 1)
+            messages = [await convert.response(event) for event in events]
+            whole = await convert.unary_response(REQUEST_ID, events[-1:])
+            servicer: pb_grpc.InferenceServicer = Echo(messages, whole)
         else:
             server = grpc_server(ServerConfig())
             defaults = read_generation_defaults(model)
