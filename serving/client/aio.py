@@ -82,8 +82,9 @@ class AsyncClient:
     """
 
     def __init__(self, target: str, *, timeout: float | None = None, max_retries: int = 3) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self._max_retries = check_retries(max_retries)
+        self._is_closed = asyncio.Event()
+        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout = timeout
 
@@ -261,27 +262,30 @@ class AsyncClient:
     async def health(self, *, timeout: float | None = None) -> str:
         """See `Client.health`."""
         retries = Retries(seconds(timeout, self._timeout), 0)  # it tells of now
-        return str(await _unary(health_check(self._channel), b"", retries))
+        return str(await _unary(health_check(self._channel), b"", retries, self._is_closed))
 
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
+        self._is_closed.set()
         await self._channel.close()
 
     async def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
         """Make a call that does not stream. Raises VivaceError."""
-        return await _unary(method, request, self._retries(timeout))
+        return await _unary(method, request, self._retries(timeout), self._is_closed)
 
     def _stream(self, method: Any, request: Any, timeout: float | None) -> AsyncMessages:
         """Begin a call that streams. Raises VivaceError."""
-        return AsyncMessages(partial(_begin, method, request), self._retries(timeout))
+        return AsyncMessages(
+            partial(_begin, method, request), self._retries(timeout), self._is_closed
+        )
 
     def _retries(self, timeout: float | None) -> Retries:
         return Retries(seconds(timeout, self._timeout), self._max_retries)
 
 
-async def _unary(method: Any, request: Any, retries: Retries) -> Any:
+async def _unary(method: Any, request: Any, retries: Retries, is_closed: asyncio.Event) -> Any:
     try:
-        return await unary_async(partial(_begin, method, request), retries)
+        return await unary_async(partial(_begin, method, request), retries, is_closed)
     except asyncio.CancelledError:
         if is_task_cancelled():
             raise

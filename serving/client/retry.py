@@ -1,5 +1,5 @@
 """Calls that are tried again: refused for now, or cut off before the first message. The rules are those of gRPC's own
-retries (gRFC A6). Theirs are off: in gRPC 1.85 a stream whose last try finds nobody listening never ends.
+retries (gRFC A6). Theirs are off: in gRPC 1.85 a stream whose last try finds nobody listening may never end.
 
 A try that ended RESOURCE_EXHAUSTED or UNAVAILABLE is repeated after the time that the server's pushback names (negative:
 not at all), else with exponential backoff and jitter. A wait that would pass the deadline is not begun.
@@ -79,32 +79,70 @@ def check_retries(max_retries: int) -> int:
     return max_retries
 
 
-def unary(begin: Begin, retries: Retries) -> Any:
+class Waits:
+    """The waits between tries of one client's calls. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def wait(self, seconds: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Raises Cancelled as soon as the client is closed, or the call cancelled."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self._is_closed or is_cancelled(), seconds):
+                raise closed()
+
+    def wake(self) -> None:
+        """Some call was cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End all waits, and those to come."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+async def _wait_async(seconds: float, *ends: asyncio.Event) -> None:
+    """Raises CancelledError, as gRPC's own calls do, as soon as one of the events is there."""
+    tasks = [asyncio.create_task(end.wait()) for end in ends]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    if any(end.is_set() for end in ends):
+        raise asyncio.CancelledError
+
+
+def unary(begin: Begin, retries: Retries, waits: Waits) -> Any:
     """The reply of a call that does not stream. Raises VivaceError."""
     while True:
         try:
             return begin(retries.timer.left())
         except grpc.RpcError as error:
-            time.sleep(retries.wait_after(error))
+            waits.wait(retries.wait_after(error))
 
 
-async def unary_async(begin: Begin, retries: Retries) -> Any:
-    """See `unary`."""
+async def unary_async(begin: Begin, retries: Retries, is_closed: asyncio.Event) -> Any:
+    """See `unary`. CancelledError if the client is closed meanwhile."""
     while True:
         try:
             return await begin(retries.timer.left())
         except grpc.RpcError as error:
-            await asyncio.sleep(retries.wait_after(error))
+            await _wait_async(retries.wait_after(error), is_closed)
 
 
 class Messages:
     """Messages of a call that streams. Raises VivaceError. Forgetting it cancels the call."""
 
-    def __init__(self, begin: Begin, retries: Retries) -> None:
+    def __init__(self, begin: Begin, retries: Retries, waits: Waits) -> None:
         self._begin = begin
         self._retries = retries
+        self._waits = waits
         self._lock = threading.Lock()
-        self._is_cancelled = threading.Event()
+        self._is_cancelled = False
         self._call = begin(retries.timer.left())
 
     def __iter__(self) -> "Messages":
@@ -123,13 +161,14 @@ class Messages:
     def cancel(self) -> None:
         """End it, from any thread."""
         with self._lock:
-            self._is_cancelled.set()
+            self._is_cancelled = True
             self._call.cancel()
+        self._waits.wake()
 
     def _again(self, wait_s: float) -> None:
-        self._is_cancelled.wait(wait_s)
+        self._waits.wait(wait_s, lambda: self._is_cancelled)
         with self._lock:
-            if self._is_cancelled.is_set():
+            if self._is_cancelled:
                 raise closed()
             self._call = self._begin(self._retries.timer.left())
 
@@ -137,9 +176,10 @@ class Messages:
 class AsyncMessages:
     """See `Messages`; as gRPC's own calls it keeps running when forgotten, and ends with CancelledError when cancelled."""
 
-    def __init__(self, begin: Begin, retries: Retries) -> None:
+    def __init__(self, begin: Begin, retries: Retries, is_closed: asyncio.Event) -> None:
         self._begin = begin
         self._retries = retries
+        self._is_closed = is_closed
         self._is_cancelled = asyncio.Event()
         self._call = begin(retries.timer.left())
 
@@ -151,7 +191,9 @@ class AsyncMessages:
             try:
                 message = await self._call.read()
             except grpc.RpcError as error:
-                await self._again(self._retries.wait_after(error))
+                wait_s = self._retries.wait_after(error)
+                await _wait_async(wait_s, self._is_closed, self._is_cancelled)
+                self._call = self._begin(self._retries.timer.left())
             else:
                 self._retries.stop()
                 if message is grpc.aio.EOF:
@@ -166,11 +208,3 @@ class AsyncMessages:
         """End it."""
         self._is_cancelled.set()
         self._call.cancel()
-
-    async def _again(self, wait_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._is_cancelled.wait(), wait_s)
-        except TimeoutError:
-            self._call = self._begin(self._retries.timer.left())
-        else:
-            raise asyncio.CancelledError

@@ -23,7 +23,7 @@ from vivace.serving.client.requests import (
     TokenizeParams,
 )
 from vivace.serving.client.results import Completion, Embedding, Event, Scores, Tokens
-from vivace.serving.client.retry import Messages, Retries, Timer, check_retries, unary
+from vivace.serving.client.retry import Messages, Retries, Timer, Waits, check_retries, unary
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
 
@@ -73,8 +73,9 @@ class Client:
     """
 
     def __init__(self, target: str, *, timeout: float | None = None, max_retries: int = 3) -> None:
-        self._channel = grpc.insecure_channel(target, options=OPTIONS)
         self._max_retries = check_retries(max_retries)
+        self._waits = Waits()
+        self._channel = grpc.insecure_channel(target, options=OPTIONS)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout = timeout
 
@@ -248,19 +249,20 @@ class Client:
     def health(self, *, timeout: float | None = None) -> str:
         """`SERVING` or `NOT_SERVING`."""
         retries = Retries(seconds(timeout, self._timeout), 0)  # it tells of now
-        return str(unary(partial(_begin, health_check(self._channel), b""), retries))
+        return str(unary(partial(_begin, health_check(self._channel), b""), retries, self._waits))
 
     def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
         self._channel.close()
+        self._waits.close()
 
     def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
         """Make a call that does not stream. Raises VivaceError."""
-        return unary(partial(_begin, method, request), self._retries(timeout))
+        return unary(partial(_begin, method, request), self._retries(timeout), self._waits)
 
     def _stream(self, method: Any, request: Any, timeout: float | None) -> Messages:
         """Begin a call that streams. Raises VivaceError."""
-        return Messages(partial(_begin, method, request), self._retries(timeout))
+        return Messages(partial(_begin, method, request), self._retries(timeout), self._waits)
 
     def _retries(self, timeout: float | None) -> Retries:
         return Retries(seconds(timeout, self._timeout), self._max_retries)

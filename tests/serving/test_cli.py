@@ -14,7 +14,6 @@ from tests.serving.server_process import MODEL, engine_pids, is_gone, wait_until
 from vivace.serving import cli
 
 VIVACE = (sys.executable, "-P", "-m", "vivace")
-# Where the tests run in the background of a shell they ignore SIGINT, and their children would too.
 
 
 def run(*words, **options):
