@@ -1,4 +1,4 @@
-"""What quantizing a model costs in perplexity: by its weights alone, and with its activations of 8 bits."""
+"""What quantizing a model costs in perplexity: by its weights alone, and with its activations of 8 bits; and by its cache."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vivace.bench.result import Figure, figure
-from vivace.engine.config import Config, WeightsConfig
+from vivace.engine.config import CacheConfig, Config, KvDType, WeightsConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.evaluate import perplexity
 from vivace.engine.llm import LLM
@@ -31,7 +31,13 @@ Rows = Sequence[Sequence[int]]
 def measure(model: Path, rows: Rows) -> list[Figure]:
     """Perplexities, and by how many per cent each is above that of the weights in fp32."""
     plain = perplexity(LLM(model).core, rows)
-    figures = [figure("fp32, perplexity", [plain])]
+    small_cache = Config(model=model, cache=CacheConfig(dtype=KvDType.INT8))
+    with_small_cache = perplexity(LLM(model, config=small_cache).core, rows)
+    figures = [
+        figure("fp32, perplexity", [plain]),
+        figure("fp32 with an int8 cache, perplexity", [with_small_cache]),
+        figure("fp32 with an int8 cache, above fp32, %", [_above(with_small_cache, plain)]),
+    ]
     for name, settings in _ways():
         config = Config(model=model, weights=settings)
         whole = perplexity(LLM(model, config=config).core, rows)
@@ -77,7 +83,9 @@ def _rounded(config: Config, directory: Path) -> Path:
                 one = replace(value, shape=piece.shape, plus=0.0)
                 alone = replace(piece, place=(), transposed=False, interleaved=False)
                 array = weights.joined(one, [alone], stored)
-                tensors[piece.tensor] = _nearest(value, array) if value.is_quantized else array
+                if value.is_quantized:
+                    array = _nearest(value, array, is_transposed=piece.transposed)
+                tensors[piece.tensor] = array
     save_file(tensors, directory / "model.safetensors")
     for file in config.model.glob("*.json"):
         if not file.name.startswith("model."):
@@ -85,7 +93,8 @@ def _rounded(config: Config, directory: Path) -> Path:
     return directory
 
 
-def _nearest(value: Value, w_NK: Array) -> Array:
-    if value.group is None:
-        return quantize_int8(w_NK).dequantized()
-    return quantize_int4(w_NK, value.group).dequantized()
+def _nearest(value: Value, stored: Array, *, is_transposed: bool) -> Array:
+    w = np.swapaxes(stored, -1, -2) if is_transposed else stored
+    rounded = quantize_int8(w) if value.group is None else quantize_int4(w, value.group)
+    found = rounded.dequantized()
+    return np.ascontiguousarray(np.swapaxes(found, -1, -2)) if is_transposed else found

@@ -10,6 +10,7 @@ from math import prod
 
 from vivace.engine.models.program import Call, Kind, Sizes, Symbol, Value, sized, weight_bytes
 from vivace.engine.runner import BYTES
+from vivace.kernels.buffer import kv_head_bytes
 from vivace.kernels.cpu.probe import Peaks
 
 MATRICES = ("linear", "linear_int8", "linear_int4")
@@ -100,7 +101,7 @@ def _attention(call: Call, step: Step) -> Work:
     attrs: Mapping[str, object] = dict(call.attrs)
     window = attrs.get("window") or step.context
     assert isinstance(window, int | float)
-    kv_bytes = step.requests * min(step.context, window) * 2 * G * D * BYTES[cache.dtype]
+    kv_bytes = step.requests * min(step.context, window) * 2 * G * kv_head_bytes(D, cache.dtype)
     heads = prod(sized(call.outs[0].shape, step.sizes))  # T * H * D
     return Work(kv_bytes, fp32_ops=4.0 * heads * min(step.visible, window))
 

@@ -6,7 +6,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from vivace.engine.config import Config, quantized_by
+from vivace.engine.config import Config, kept_in, quantized_by
 from vivace.engine.config_file import add_flag, add_flags, from_words, to_toml
 from vivace.engine.errors import ArtifactError, ConfigError, printable
 from vivace.engine.models import weights
@@ -61,7 +61,8 @@ def _config(argv: list[str]) -> int:
 def _remarks(config: Config, plan: Plan) -> list[str]:
     return [
         f"plan: {plan.threads} threads, context {plan.max_context_tokens:,} tokens",
-        f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {config.cache.block_tokens} tokens",
+        f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {config.cache.block_tokens} tokens "
+        f"in {config.cache.dtype.value}",
         f"weights {plan.weight_kinds}; working memory {mib(plan.arena_bytes)}",
     ]
 
@@ -74,9 +75,11 @@ def _info(argv: list[str]) -> int:
     )
     parser.add_argument("model", type=Path, help="a folder with config.json and *.safetensors")
     add_flag(parser, "quantize")
+    add_flag(parser, "kv-cache-dtype")
     args = parser.parse_args(argv)
     model = args.model
-    config = Config(model=model, weights=quantized_by(args.quantize))
+    weights_config, cache = quantized_by(args.quantize), kept_in(args.kv_cache_dtype)
+    config = Config(model=model, weights=weights_config, cache=cache)
     if not model.is_dir():
         raise ArtifactError(f"{model} is not a folder")
     rows = {
@@ -87,7 +90,7 @@ def _info(argv: list[str]) -> int:
         spec = read_spec(model)
         rows["supported"] = "yes"
         program = program_of(config, spec)
-        rows |= _model_rows(spec, program)
+        rows |= _model_rows(config, spec, program)
         end_tokens = ", ".join(map(str, read_generation_defaults(model).eos_token_ids))
         rows["end tokens"] = end_tokens or "none"
         weights.check(model, program, spec.architecture)
@@ -99,7 +102,7 @@ def _info(argv: list[str]) -> int:
     return int("problem" in rows)
 
 
-def _model_rows(spec: ModelSpec, program: Program) -> dict[str, str]:
+def _model_rows(config: Config, spec: ModelSpec, program: Program) -> dict[str, str]:
     attention = spec.layers[0].attention
     total, active = num_parameters(program), num_active_parameters(program, spec)
     rows = {
@@ -125,7 +128,7 @@ def _model_rows(spec: ModelSpec, program: Program) -> dict[str, str]:
     return rows | {
         "vocabulary": f"{spec.vocab_size:,}",
         "context": f"{spec.max_context_tokens:,} tokens",
-        "KV cache": f"{kv_token_bytes(spec):,} bytes per token in fp32",
+        "KV cache": f"{kv_token_bytes(program):,} bytes per token in {config.cache.dtype.value}",
     }
 
 

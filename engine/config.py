@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.quantize import Quantize
 from vivace.kernels.backend import Backend
 from vivace.kernels.quantized import GROUPS
+
+Kind = TypeVar("Kind", bound=Enum)
 
 INT32 = 2**31 - 1  # what gRPC's own settings hold
 MAX_NAME_CHARS = 128
@@ -46,10 +48,22 @@ class SchedulerConfig:
             )
 
 
+class KvDType(Enum):
+    """What keys and values are kept in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"  # a scale for each token and KV head
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
     """The paged KV cache, of each model."""
 
+    dtype: KvDType = field(
+        default=KvDType.FP32,
+        metadata={"about": "what keys and values are kept in: fp32, bf16 or int8"},
+    )
     block_tokens: int = setting(16, "tokens per block, which is also the grain of prefix sharing")
     memory_bytes: int | None = setting(
         None,
@@ -105,10 +119,19 @@ class WeightsConfig:
 
 def quantized_by(word: str | None) -> WeightsConfig:
     """The weights' settings, with a word for one of them. Raises ConfigError for a word that is none."""
-    kinds = [kind.value for kind in Quantize]
-    if word is not None and word not in kinds:
-        raise ConfigError(f"quantize must be one of {', '.join(kinds)}, got {word!r}")
-    return WeightsConfig(quantize=Quantize(word or "none"))
+    return WeightsConfig(quantize=_one_of(Quantize, "quantize", word or "none"))
+
+
+def kept_in(word: str | None) -> CacheConfig:
+    """The cache's settings, with a word for its type. Raises ConfigError for a word that is none."""
+    return CacheConfig(dtype=_one_of(KvDType, "kv_cache_dtype", word or "fp32"))
+
+
+def _one_of(kind: type[Kind], name: str, word: str) -> Kind:
+    words = [one.value for one in kind]
+    if word not in words:
+        raise ConfigError(f"{name} must be one of {', '.join(words)}, got {word!r}")
+    return kind(word)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ FLAGS = {  # what people set daily
     "backend": "backend",
     "quantize": "weights.quantize",
     "cache-dir": "weights.cache_dir",
+    "kv-cache-dtype": "cache.dtype",
     "threads": "cpu.threads",
     "kv-memory": "cache.memory_bytes",
     "max-context": "max_context_tokens",

@@ -346,7 +346,7 @@ def load(
         threads=plan.threads,
         block_tokens=config.cache.block_tokens,
         num_blocks=plan.num_blocks,
-        kv_dtype="fp32",
+        kv_dtype=config.cache.dtype.value,
         kv_bytes=plan.kv_bytes,
         max_running=config.scheduler.max_running,
         max_waiting=config.scheduler.max_waiting,

@@ -16,6 +16,7 @@ from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.kernels.buffer import DType, kv_head_bytes
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 FP32_BYTES = 4
@@ -61,7 +62,8 @@ def read_machine() -> Machine:
 
 def program_of(config: Config, spec: ModelSpec) -> Program:
     """What the engine of this config runs."""
-    return quantize(emit(spec), config.weights.quantize, config.weights.group)
+    plain = emit(spec, DType(config.cache.dtype.value))
+    return quantize(plain, config.weights.quantize, config.weights.group)
 
 
 def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:
@@ -88,7 +90,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     }
     all_weight_bytes = num_weight_bytes(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
-    block_bytes = kv_token_bytes(spec) * block_tokens
+    block_bytes = kv_token_bytes(program) * block_tokens
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(machine)
@@ -157,11 +159,13 @@ def num_active_parameters(program: Program, spec: ModelSpec) -> int:
     return num_parameters(program) - idle
 
 
-def kv_token_bytes(spec: ModelSpec) -> int:
-    """Bytes of KV cache that one token takes, over all layers, in fp32."""
+def kv_token_bytes(program: Program) -> int:
+    """Bytes of KV cache that one token takes, over all layers."""
+    caches = (value for value in values_of(program) if value.kind is Kind.CACHE)
     return sum(
-        2 * FP32_BYTES * layer.attention.num_kv_heads * layer.attention.head_dim
-        for layer in spec.layers
+        2 * G * kv_head_bytes(D, cache.dtype)
+        for cache in caches
+        for G, D in [sized(cache.shape, {})]
     )
 
 

@@ -16,6 +16,8 @@ from vivace.kernels import (
     embed,
     embed_int8,
     expert_linear,
+    expert_linear_int4,
+    expert_linear_int8,
     gated,
     kv_read,
     linear,
@@ -68,6 +70,8 @@ class Ops:
     add: add.Run
     moe_route: moe_route.Run
     expert_linear: expert_linear.Run
+    expert_linear_int8: expert_linear_int8.Run
+    expert_linear_int4: expert_linear_int4.Run
     moe_combine: moe_combine.Run
     take_rows: take_rows.Run
     sample: sample.Run

@@ -20,6 +20,12 @@ class DType(Enum):
     INT64 = "int64"
 
 
+def kv_head_bytes(head_dim: int, dtype: DType) -> int:
+    """Of a token's keys, or values, of one head in the KV cache."""
+    per_element = {DType.FP32: 4, DType.BF16: 2, DType.INT8: 1}[dtype]
+    return per_element * head_dim + (SCALE_BYTES if dtype is DType.INT8 else 0)
+
+
 class Buffer(Protocol):
     """A contiguous array on the backend's device. Ops write into buffers, they never allocate."""
 

@@ -13,7 +13,8 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 class Builder:
     """Collects calls. Lives while a model is loaded, then is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_dtype: DType = DType.FP32) -> None:
+        self._cache_dtype = cache_dtype
         self._calls: list[Call] = []
         self._constants: dict[Value, Array] = {}
         self._num_values = 0
@@ -40,7 +41,7 @@ class Builder:
 
     def cache(self, name: str, num_kv_heads: int, head_dim: int) -> Value:
         """The KV blocks of one layer."""
-        return Value(name, Kind.CACHE, (num_kv_heads, head_dim), DType.FP32)
+        return Value(name, Kind.CACHE, (num_kv_heads, head_dim), self._cache_dtype)
 
     def activation(self, op: str, *shape: Size, dtype: DType = DType.FP32) -> Value:
         """A fresh result for a call to `op`."""

@@ -9,18 +9,19 @@ from vivace.engine.models.norm import emit_add_rmsnorm, emit_rmsnorm
 from vivace.engine.models.program import Program, Symbol, Value
 from vivace.engine.models.rope import emit_rope_table
 from vivace.engine.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
+from vivace.kernels.buffer import DType
 
 T, B, B1, P, R, X = Symbol.T, Symbol.B, Symbol.B1, Symbol.P, Symbol.R, Symbol.X
 
 
-def emit(spec: ModelSpec) -> Program:
+def emit(spec: ModelSpec, cache_dtype: DType = DType.FP32) -> Program:
     """The program of one step: tokens of any requests in; out, the final hidden state [P, M] of the
     rows that are asked for, and logits [R, V] of the first of these.
 
     From the last layer's attention on only those rows are carried: nothing after it looks at other
     rows.
     """
-    b = Builder()
+    b = Builder(cache_dtype)
     places = Places(
         slots_T=b.input("slots", T),
         block_tables_BX=b.input("block_tables", B, X),

@@ -16,7 +16,15 @@ from vivace.engine.errors import ArtifactError
 from vivace.engine.models import packed_cache, weights
 from vivace.engine.models.architecture import read_architecture
 from vivace.engine.models.packed_cache import Unusable
-from vivace.engine.models.program import Kind, Program, Value, sized, values_of, weight_bytes
+from vivace.engine.models.program import (
+    Kind,
+    Program,
+    Value,
+    num_experts,
+    sized,
+    values_of,
+    weight_bytes,
+)
 from vivace.engine.models.weights import Strip
 from vivace.kernels.memory.cpu import HUGE_BYTES, CpuMemory, PackedMatrix, huge
 from vivace.kernels.quantized import LAYOUT, TILE
@@ -134,7 +142,8 @@ def _round(
     def fill(value: Value) -> None:
         out = data[places[value]]
         if value.is_quantized:
-            _round_matrix(out, value, weights.strips_of(value, pieces[value], tensors), memory)
+            for e, part in enumerate(np.split(out, num_experts(value))):
+                _round_matrix(part, value, weights.strips_of(pieces[value], tensors, e), memory)
         else:
             array = out.view(np.float32).reshape(sized(value.shape, {}))
             weights.join(array, value, pieces[value], tensors)
@@ -151,8 +160,8 @@ def _round(
 
 
 def _round_matrix(out: Array, value: Value, strips: list[Strip], memory: CpuMemory) -> None:
-    """Write one matrix to where it lies, block by block."""
-    N, K = sized(value.shape, {})
+    """Write one matrix, or an expert's, to where it lies, block by block."""
+    N, K = sized(value.shape, {})[-2:]
     num_rows = max(1, BLOCK_BYTES // (4 * K * TILE)) * TILE
     block = np.empty((min(num_rows, N), K), np.float32)
     for first in range(0, N, num_rows):
@@ -165,11 +174,12 @@ def _round_matrix(out: Array, value: Value, strips: list[Strip], memory: CpuMemo
             raise ArtifactError(
                 f"{strips[0].tensor.file}: {files}: a number is not finite, or too large to be quantized"
             )
+    for strip in strips:  # a block that is read brings pages of the one before it back
+        strip.tensor.let_go(strip.stored)
 
 
 def _kept(value: Value, data: Array, memory: CpuMemory) -> Array | PackedMatrix:
     shape = sized(value.shape, {})
     if not value.is_quantized:
         return data.view(np.float32).reshape(shape)
-    N, K = shape
-    return memory.packed(data, (N, K), value.group)
+    return memory.packed(data, shape, value.group)

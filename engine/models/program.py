@@ -99,9 +99,13 @@ def weight_bytes(value: Value) -> int:
     """Bytes of a weight as it is kept."""
     shape = sized(value.shape, {})
     if value.is_quantized:
-        N, K = shape
-        return packed_bytes(N, K, value.group)
+        return packed_bytes(shape, value.group)
     return 4 * prod(shape)
+
+
+def num_experts(weight: Value) -> int:
+    """Matrices that a weight holds: one for each expert, else one."""
+    return prod(sized(weight.shape[:-2], {}))
 
 
 def sized(shape: tuple[Size, ...], sizes: Sizes) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """A program with quantized weights in place of its own: activations become bytes, row by row, before each projection.
 
-Projections alone are rewritten, and the embedding. The output layer is int8 whatever the rest is: it decides between tokens
-directly. Routers and gates of experts stay as they are, since a small error there sends a token elsewhere; the experts' own
-matrices have no quantized op yet.
+Projections are rewritten, those of experts too, and the embedding. The output layer is int8 whatever the rest is: it decides
+between tokens directly. Routers and gates of experts stay as they are, since a small error there sends a token elsewhere.
 """
 
 from dataclasses import dataclass, replace
@@ -70,6 +69,8 @@ class _Rewrite:
             match call.op:
                 case "linear" if self._takes(call.ins[1]):
                     self._linear(call, is_output=program.logits.owner in _results(program, call))
+                case "expert_linear" if self._takes(call.ins[2]):
+                    self._expert_linear(call)
                 case "embed":
                     self._call("embed_int8", call, (call.ins[0], _int8(call.ins[1])))
                 case _:
@@ -77,19 +78,29 @@ class _Rewrite:
         return replace(program, calls=tuple(self._calls))
 
     def _takes(self, weight: Value) -> bool:
-        N, K = weight.shape
-        assert isinstance(N, int) and isinstance(K, int)
+        K = weight.shape[-1]
+        assert isinstance(K, int)
         is_gate = weight.name.endswith(GATES)
         return weight.kind is Kind.WEIGHT and not is_gate and K <= quantized.MAX_INPUTS
 
     def _linear(self, call: Call, *, is_output: bool) -> None:
         x, weight, *bias = call.ins
         rows = self._quantized(x)
-        if is_output or self._kind is Quantize.INT8:
-            op, weight = "linear_int8", _int8(weight)
-        else:
-            op, weight = "linear_int4", replace(weight, dtype=DType.INT4, group=self._group)
-        self._call(op, call, (rows.q, rows.params, weight, *bias))
+        small = _int8(weight) if is_output else self._small(weight)
+        self._call(f"linear_{small.dtype.value}", call, (rows.q, rows.params, small, *bias))
+
+    def _expert_linear(self, call: Call) -> None:
+        x, experts, weight, *bias = call.ins
+        rows = self._quantized(x)
+        small = self._small(weight)
+        ins = (rows.q, rows.params, experts, small, *bias)
+        self._call(f"expert_linear_{small.dtype.value}", call, ins)
+
+    def _small(self, weight: Value) -> Value:
+        """As most are kept."""
+        if self._kind is Quantize.INT8:
+            return _int8(weight)
+        return replace(weight, dtype=DType.INT4, group=self._group)
 
     def _call(self, op: str, call: Call, ins: tuple[Value, ...]) -> None:
         attrs: tuple[tuple[str, Attr], ...] = call.attrs
@@ -98,9 +109,8 @@ class _Rewrite:
     def _quantized(self, x: Value) -> _Rows:
         """Once for all that read it."""
         if x not in self._rows:
-            T, K = x.shape
-            q = Value(f"{x.name}.q", Kind.ACTIVATION, (T, K), DType.UINT8)
-            params = Value(f"{x.name}.params", Kind.ACTIVATION, (T, 2), DType.FP32)
+            q = Value(f"{x.name}.q", Kind.ACTIVATION, x.shape, DType.UINT8)
+            params = Value(f"{x.name}.params", Kind.ACTIVATION, (*x.shape[:-1], 2), DType.FP32)
             self._rows[x] = _Rows(q, params)
             self._calls.append(Call("quantize", (q, params), (x,)))
         return self._rows[x]

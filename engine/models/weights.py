@@ -391,15 +391,25 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def strips_of(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> list[Strip]:
-    """What a matrix is read from, but for what `plus` adds."""
+def strips_of(pieces: list[Piece], tensors: Mapping[str, Tensor], expert: int) -> list[Strip]:
+    """What a matrix is read from, but for what `plus` adds; of experts', that of one."""
     strips = []
     for piece in pieces:
         tensor = tensors[piece.tensor]
         stored = tensor.raw().view(FORMATS[tensor.dtype]).reshape(tensor.shape)
-        [rows] = piece.place or (slice(0, len(stored)),)
-        assert isinstance(rows, slice) and not piece.transposed | piece.interleaved
-        strips.append(Strip(tensor, rows.start, stored))
+        *of_expert, rows = piece.place or (slice(0, None),)
+        assert isinstance(rows, slice)
+        if of_expert and of_expert != [expert]:
+            continue
+        if stored.ndim == 3:
+            stored = stored[expert]
+        if piece.transposed:
+            stored = stored.T
+        parts = [stored[0::2], stored[1::2]] if piece.interleaved else [stored]
+        first = rows.start
+        for part in parts:
+            strips.append(Strip(tensor, first, part))
+            first += len(part)
     return strips
 
 

@@ -11,7 +11,7 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 4;
+constexpr int32_t kAbi = 5;
 
 // What the instruction sets below start from; each replaces the ops that it has of its own.
 constexpr cpu::Kernels kPortable = {
@@ -31,6 +31,8 @@ constexpr cpu::Kernels kPortable = {
     .add = cpu::add_portable,
     .moe_route = cpu::moe_route_portable,
     .expert_linear = cpu::expert_linear_portable,
+    .expert_linear_int8 = cpu::expert_linear_int8_portable,
+    .expert_linear_int4 = cpu::expert_linear_int4_portable,
     .moe_combine = cpu::moe_combine_portable,
     .take_rows = cpu::take_rows_portable,
     .sample = cpu::sample_portable,
@@ -59,6 +61,8 @@ constexpr cpu::Kernels avx2() {
   k.quantize = cpu::quantize_avx2;
   k.linear_int8 = cpu::linear_int8_avx2;
   k.linear_int4 = cpu::linear_int4_avx2;
+  k.expert_linear_int8 = cpu::expert_linear_int8_avx2;
+  k.expert_linear_int4 = cpu::expert_linear_int4_avx2;
   return k;
 }
 
@@ -82,6 +86,8 @@ constexpr cpu::Kernels avx512() {
   k.quantize = cpu::quantize_avx512;
   k.linear_int8 = cpu::linear_int8_avx512;
   k.linear_int4 = cpu::linear_int4_avx512;
+  k.expert_linear_int8 = cpu::expert_linear_int8_avx512;
+  k.expert_linear_int4 = cpu::expert_linear_int4_avx512;
   return k;
 }
 
@@ -225,6 +231,8 @@ OP(softcap, SoftcapArgs)
 OP(add, AddArgs)
 OP(moe_route, MoeRouteArgs)
 OP(expert_linear, ExpertLinearArgs)
+OP(expert_linear_int8, ExpertLinearInt8Args)
+OP(expert_linear_int4, ExpertLinearInt4Args)
 OP(moe_combine, MoeCombineArgs)
 OP(take_rows, TakeRowsArgs)
 OP(sample, SampleArgs)

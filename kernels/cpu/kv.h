@@ -39,23 +39,24 @@ inline void to_element(uint16_t& to, float x, float) {
 }
 inline void to_element(int8_t& to, float x, float inverse) {
   const float rounded = x * inverse + 12582912.0f - 12582912.0f;  // 1.5 * 2^23
-  to = int8_t(rounded > 127.0f ? 127.0f : rounded > -127.0f ? rounded : -127.0f);
+  to = int8_t(rounded > 127.0f ? 127.0f : rounded > -128.0f ? rounded : -128.0f);
 }
 
-// A token of one plane: elements `stride` apart, and its scale, max |x| / 127, or 1 if all are 0. A NaN makes the scale one.
+// A token of one plane: elements `stride` apart, and its scale: the number of the largest magnitude becomes -128. 1 if all are 0;
+// a NaN makes the scale one.
 template <typename Element>
 inline void put_token(const Kv<Element>& kv, uint8_t* plane, int64_t first, int64_t stride, int64_t token, const float* x) {
   float inverse = 1.0f;
   if constexpr (Kv<Element>::kHasScales) {
-    float most = 0.0f;
+    float low = 0.0f, high = 0.0f;
     bool is_bad = false;
     for (int64_t d = 0; d < kv.D; ++d) {
-      const float magnitude = x[d] < 0 ? -x[d] : x[d];
-      most = magnitude > most ? magnitude : most;
+      low = x[d] < low ? x[d] : low;
+      high = x[d] > high ? x[d] : high;
       is_bad |= x[d] != x[d];
     }
-    float scale = most / 127.0f;
-    if (!(scale > 0.0f)) scale = 1.0f;
+    float scale = (high >= -low ? high : low) / -128.0f;
+    if (scale == 0.0f) scale = 1.0f;
     inverse = 1.0f / scale;
     if (is_bad) scale = __builtin_nanf("");
     std::memcpy(plane + kv.S * kv.D + token * 4, &scale, 4);

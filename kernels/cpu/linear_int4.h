@@ -1,4 +1,4 @@
-// y = x W^T + bias of quantized rows by an int4 matrix in groups: packed.h. Threads split the tiles.
+// y = x W^T + bias of quantized rows by an int4 matrix in groups (packed.h), or by that of an expert. Threads split the tiles.
 //
 //   y[n] = scale * (sum over groups, in order, of d[n, group] * (int32 sum of q * w)  -  zero * sum[n]) + bias[n]
 //
@@ -13,10 +13,8 @@
 //   template <int R> static void add(out, q, stride, panel, m, block, ahead): adds the block's groups to out[R][32], or begins
 //     with them if they are the first. Meanwhile it prefetches `ahead`, a cache line for each four inputs.
 #pragma once
-#include <cstring>
-
-#include "ops.h"
 #include "packed.h"
+#include "quantized_rows.h"
 
 namespace {
 
@@ -51,26 +49,26 @@ inline uint32_t word_of(const uint8_t* q, int64_t left) {
 
 template <class Sums>
 struct LinearInt4 {
-  using Args = cpu::LinearInt4Args;
-
-  static void write(const Args& a, const Int4Matrix& m, int64_t tile, int64_t t, const float (*sums)[kTile], int64_t rows) {
-    const int64_t first = tile * kTile, count = std::min(kTile, a.N - first);
+  // The results of `count` rows from t on. `bias` may be null.
+  static void write(const QuantizedRows& rows, const Int4Matrix& m, const float* bias, int64_t tile, int64_t t,
+                    const float (*sums)[kTile], int64_t count) {
+    const int64_t first = tile * kTile, num_outputs = std::min(kTile, m.N - first);
     const float* columns = m.sums() + first;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float scale = a.params[2 * (t + r)], zero = a.params[2 * (t + r) + 1];
-      float* out = a.out + (t + r) * a.N + first;
-      for (int64_t n = 0; n < count; ++n) {
+    for (int64_t r = 0; r < count; ++r) {
+      const float scale = rows.params[2 * (t + r)], zero = rows.params[2 * (t + r) + 1];
+      float* out = rows.result(t + r) + first;
+      for (int64_t n = 0; n < num_outputs; ++n) {
         const float y = (sums[r][n] - zero * columns[n]) * scale;
-        out[n] = a.bias ? y + a.bias[first + n] : y;
+        out[n] = bias ? y + bias[first + n] : y;
       }
     }
   }
 
   template <int R>
-  static void step(const Args& a, const Int4Matrix& m, int64_t tile, int64_t t) {
+  static void step(const QuantizedRows& rows, const Int4Matrix& m, const float* bias, int64_t tile, int64_t t) {
     alignas(64) float sums[R][kTile];
-    Sums::template rows<R>(sums, a.q + t * a.K, a.K, m, tile);
-    write(a, m, tile, t, sums, R);
+    Sums::template rows<R>(sums, rows.q + t * m.K, m.K, m, tile);
+    write(rows, m, bias, tile, t, sums, R);
   }
 
   // Rows t.. of `count`, R at a time, then fewer.
@@ -85,41 +83,57 @@ struct LinearInt4 {
     if constexpr (R > 1) add<R / 2>(sums, q, t, count, panel, m, block, next);
   }
 
-  static void by_panels(const Args& a, const Int4Matrix& m, int64_t tile) {
+  static void by_panels(const QuantizedRows& rows, const Int4Matrix& m, const float* bias, int64_t tile) {
     Panel panel;
     alignas(64) float sums[kChunk][kTile];
     const int64_t groups = m.groups(), most = kBlockInputs / m.group;
-    for (int64_t t = 0; t < a.T; t += kChunk) {
-      const int64_t rows = std::min(kChunk, a.T - t);
+    for (int64_t t = 0; t < rows.count; t += kChunk) {
+      const int64_t count = std::min(kChunk, rows.count - t);
       for (int64_t g = 0; g < groups; g += most) {
         const Block block = {g, std::min(g + most, groups)};
         const uint8_t* at = m.tile(tile) + g * m.group_bytes(0);
         if (t == 0 || groups > most) Sums::unpack(panel, at, m, block);
         const uint8_t* next = at + (block.end - g) * m.group_bytes(0);
-        add<Sums::kPanelRows>(sums, a.q + t * a.K, 0, rows, panel, m, block, next);
+        add<Sums::kPanelRows>(sums, rows.q + t * m.K, 0, count, panel, m, block, next);
       }
-      write(a, m, tile, t, sums, rows);
+      write(rows, m, bias, tile, t, sums, count);
     }
   }
 
-  static void tiles(const void* args, int64_t begin, int64_t end) {
-    const auto& a = *static_cast<const Args*>(args);
-    const Int4Matrix m{a.weight, a.N, a.K, a.group};
+  static void multiply(const QuantizedRows& rows, const Int4Matrix& m, const float* bias, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       if constexpr (Sums::kPanelFrom > 0) {
-        if (a.T >= Sums::kPanelFrom && a.K > 0) {
-          by_panels(a, m, tile);
+        if (rows.count >= Sums::kPanelFrom && m.K > 0) {
+          by_panels(rows, m, bias, tile);
           continue;
         }
       }
       int64_t t = 0;
-      for (; t + Sums::kMostRows <= a.T; t += Sums::kMostRows) step<Sums::kMostRows>(a, m, tile, t);
-      for (; t < a.T; ++t) step<1>(a, m, tile, t);
+      for (; t + Sums::kMostRows <= rows.count; t += Sums::kMostRows) step<Sums::kMostRows>(rows, m, bias, tile, t);
+      for (; t < rows.count; ++t) step<1>(rows, m, bias, tile, t);
     }
   }
 
-  static void run(cpu::Pool& pool, const Args& a) {
+  static void tiles(const void* args, int64_t begin, int64_t end) {
+    const auto& a = *static_cast<const cpu::LinearInt4Args*>(args);
+    multiply({a.q, a.params, a.out, nullptr, a.T, a.N}, {a.weight, a.N, a.K, a.group}, a.bias, begin, end);
+  }
+
+  static void expert_tiles(const void* args, int64_t begin, int64_t end) {
+    const auto& a = *static_cast<const cpu::ExpertLinearInt4Args*>(args);
+    by_experts(a, [&](const QuantizedRows& rows, int64_t e) {
+      Int4Matrix m{a.weight, a.N, a.I, a.group};
+      m.data += e * m.bytes();
+      multiply(rows, m, a.bias ? a.bias + e * a.N : nullptr, begin, end);
+    });
+  }
+
+  static void run(cpu::Pool& pool, const cpu::LinearInt4Args& a) {
     if (a.T > 0) pool.for_range(up(a.N, kTile), 1, tiles, &a);
+  }
+
+  static void run_experts(cpu::Pool& pool, const cpu::ExpertLinearInt4Args& a) {
+    if (a.T > 0) pool.for_range(up(a.N, kTile), 1, expert_tiles, &a);
   }
 };
 

@@ -129,4 +129,5 @@ struct Sums {
 
 namespace cpu {
 void linear_int4_avx512(Pool& pool, const LinearInt4Args& a) { LinearInt4<Sums>::run(pool, a); }
+void expert_linear_int4_avx512(Pool& pool, const ExpertLinearInt4Args& a) { LinearInt4<Sums>::run_experts(pool, a); }
 }  // namespace cpu

@@ -55,4 +55,5 @@ struct Sums {
 
 namespace cpu {
 void linear_int8_avx512(Pool& pool, const LinearInt8Args& a) { LinearInt8<Sums>::run(pool, a); }
+void expert_linear_int8_avx512(Pool& pool, const ExpertLinearInt8Args& a) { LinearInt8<Sums>::run_experts(pool, a); }
 }  // namespace cpu

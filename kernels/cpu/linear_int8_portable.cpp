@@ -20,6 +20,7 @@ struct Sums {
 
 namespace cpu {
 void linear_int8_portable(Pool& pool, const LinearInt8Args& a) { LinearInt8<Sums>::run(pool, a); }
+void expert_linear_int8_portable(Pool& pool, const ExpertLinearInt8Args& a) { LinearInt8<Sums>::run_experts(pool, a); }
 
 // Bound by reading: of each row of the table its bytes lie 128 apart.
 void embed_int8_portable(Pool& pool, const EmbedInt8Args& a) {

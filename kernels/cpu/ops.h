@@ -143,6 +143,27 @@ struct ExpertLinearArgs {
   int64_t has_own_rows;  // 1: x is [T, K, I]
   int64_t is_bf16;
 };
+struct ExpertLinearInt8Args {
+  float* out;              // [T, K, N]
+  const uint8_t* q;        // [T, I], or [T, K, I]
+  const float* params;     // [T, 2], or [T, K, 2]
+  const int32_t* experts;  // [T, K]
+  const uint8_t* weight;   // packed.h, a matrix for each expert
+  const float* bias;       // [E, N] or null
+  int64_t T, K, E, N, I;
+  int64_t has_own_rows;  // 1: q is [T, K, I]
+};
+struct ExpertLinearInt4Args {
+  float* out;              // [T, K, N]
+  const uint8_t* q;        // [T, I], or [T, K, I]
+  const float* params;     // [T, 2], or [T, K, 2]
+  const int32_t* experts;  // [T, K]
+  const uint8_t* weight;   // packed.h, a matrix for each expert
+  const float* bias;       // [E, N] or null
+  int64_t T, K, E, N, I;
+  int64_t has_own_rows;  // 1: q is [T, K, I]
+  int64_t group;
+};
 struct MoeCombineArgs {
   float* out;                // [T, M]
   const float* y;            // [T, K, M]
@@ -215,6 +236,8 @@ struct Kernels {
   void (*add)(Pool&, const AddArgs&);
   void (*moe_route)(Pool&, const MoeRouteArgs&);
   void (*expert_linear)(Pool&, const ExpertLinearArgs&);
+  void (*expert_linear_int8)(Pool&, const ExpertLinearInt8Args&);
+  void (*expert_linear_int4)(Pool&, const ExpertLinearInt4Args&);
   void (*moe_combine)(Pool&, const MoeCombineArgs&);
   void (*take_rows)(Pool&, const TakeRowsArgs&);
   void (*sample)(Pool&, const SampleArgs&);
@@ -266,6 +289,12 @@ void moe_route_portable(Pool&, const MoeRouteArgs&);
 void expert_linear_portable(Pool&, const ExpertLinearArgs&);
 void expert_linear_avx2(Pool&, const ExpertLinearArgs&);
 void expert_linear_avx512(Pool&, const ExpertLinearArgs&);
+void expert_linear_int8_portable(Pool&, const ExpertLinearInt8Args&);
+void expert_linear_int8_avx2(Pool&, const ExpertLinearInt8Args&);
+void expert_linear_int8_avx512(Pool&, const ExpertLinearInt8Args&);
+void expert_linear_int4_portable(Pool&, const ExpertLinearInt4Args&);
+void expert_linear_int4_avx2(Pool&, const ExpertLinearInt4Args&);
+void expert_linear_int4_avx512(Pool&, const ExpertLinearInt4Args&);
 void moe_combine_portable(Pool&, const MoeCombineArgs&);
 void take_rows_portable(Pool&, const TakeRowsArgs&);
 void take_rows_avx2(Pool&, const TakeRowsArgs&);

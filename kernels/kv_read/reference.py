@@ -27,7 +27,8 @@ def narrowed(heads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Heads as a cache of this type holds them; the inverse of `widened` but for rounding."""
     if dtype != torch.int8:
         return heads.to(dtype)
-    scale = heads.abs().amax(-1, keepdim=True) / 127
+    low, high = heads.amin(-1, keepdim=True), heads.amax(-1, keepdim=True)
+    scale = torch.where(high >= -low, high, low) / -128
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    q = (heads * (1 / scale)).round().clamp(-127, 127).nan_to_num(0).to(torch.int8)
+    q = (heads * (1 / scale)).round().clamp(-128, 127).nan_to_num(0).to(torch.int8)
     return torch.cat((q, scale.contiguous().view(torch.int8)), dim=-1)

@@ -22,7 +22,8 @@ class Memory(Protocol):
         ...
 
     def pack(self, weight: Quantized) -> Buffer:
-        """A quantized matrix as the backend's ops read it: `.shape` is (N, K), `.dtype` "int8" or "int4"."""
+        """A quantized matrix as the backend's ops read it: `.shape` is (N, K), or (E, N, K) of experts; `.dtype` is "int8" or
+        "int4"."""
         ...
 
     def read(self, buffer: Buffer) -> Any:

@@ -28,10 +28,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A quantized matrix in the library's own layout (kernels/cpu/packed.h), which is the same for all instruction sets."""
+    """A quantized matrix, or those of all experts, in the library's own layout (kernels/cpu/packed.h), which is the same for
+    all instruction sets."""
 
     data: Array  # uint8
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # N, K; or E, N, K
     group: int | None  # of int4; None: int8
 
     @property
@@ -65,12 +66,15 @@ class CpuMemory:
 
     def pack(self, weight: Quantized) -> PackedMatrix:
         """In huge pages, if the system gives any: 2 MiB pages are read up to half as fast again."""
-        N, K = weight.shape
-        data = huge(self._library.packed_bytes(N, K, weight.group))
-        self._library.pack(data, weight)
+        matrices = weight.experts()
+        N, K = weight.shape[-2:]
+        num_bytes = self._library.packed_bytes(N, K, weight.group)
+        data = huge(len(matrices) * num_bytes)
+        for e, matrix in enumerate(matrices):
+            self._library.pack(data[e * num_bytes : (e + 1) * num_bytes], matrix)
         return PackedMatrix(data, weight.shape, weight.group)
 
-    def packed(self, data: Array, shape: tuple[int, int], group: int | None) -> PackedMatrix:
+    def packed(self, data: Array, shape: tuple[int, ...], group: int | None) -> PackedMatrix:
         """The packed matrix that lies in these bytes."""
         return PackedMatrix(data, shape, group)
 

@@ -26,8 +26,12 @@ class QuantizedTensor:
     q: torch.Tensor
     scales: torch.Tensor
     group: int | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
+
+    def expert(self, e: int) -> "QuantizedTensor":
+        """The matrix of one."""
+        return QuantizedTensor(self.q[e], self.scales[e], self.group, self.shape[1:], self.dtype)
 
 
 class TorchMemory:

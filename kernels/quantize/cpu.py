@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from ctypes import Structure, c_int64, c_void_p
+from math import prod
 
 from vivace.kernels.cpu.library import Array, Library, pointer
 
@@ -23,8 +24,8 @@ def bind(library: Library) -> Callable[..., None]:
     """The op on one library."""
     call = library.op("quantize", Args)
 
-    def run(q_TK: Array, params_T2: Array, x_TK: Array) -> None:
-        T, K = x_TK.shape
-        call(Args(pointer(q_TK), pointer(params_T2), pointer(x_TK), T, K))
+    def run(q: Array, params: Array, x: Array) -> None:
+        *rows, K = x.shape
+        call(Args(pointer(q), pointer(params), pointer(x), prod(rows), K))
 
     return run

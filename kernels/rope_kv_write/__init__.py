@@ -5,8 +5,8 @@ when their weights are given: over each head, or over the whole row of all heads
 element i with i + R/2 of the first R = cos_sin.shape[1] elements of a head (Hugging Face's rotate_half); the rest pass, all of
 them where R is 0. Slot = block * S + offset; a negative slot is not written.
 
-A cache of bf16 or int8 takes the nearest, halves to even; int8 with a scale per token and KV head, of K and of V: max|x| / 127
-(1 if all are 0), q = round(x * (1 / scale)) in -127..127, all in fp32.
+A cache of bf16 or int8 takes the nearest, halves to even; int8 with a scale per token and KV head, of K and of V: the number of
+the largest magnitude (of equals the positive) / -128, or 1 if all are 0; q = round(x * (1 / scale)) in -128..127, all in fp32.
 """
 
 from typing import Protocol

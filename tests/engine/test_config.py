@@ -10,6 +10,7 @@ import pytest
 from vivace.engine.config import (
     CacheConfig,
     CpuConfig,
+    KvDType,
     SchedulerConfig,
     ServeConfig,
     ServerConfig,
@@ -86,6 +87,7 @@ def test_the_later_word_wins_file_then_set_then_flag(read):
         ('cpu.isa="portable"', "cpu.isa", "portable"),
         ("cache.prefix_sharing=false", "cache.prefix_sharing", False),
         ("cache.verify_hits=true", "cache.verify_hits", True),
+        ("cache.dtype=int8", "cache.dtype", KvDType.INT8),
         ("cache.memory_bytes=512MiB", "cache.memory_bytes", 512 << 20),
         ("weights.quantize=int4", "weights.quantize", Quantize.INT4),
         ("weights.group=64", "weights.group", 64),
@@ -108,6 +110,7 @@ def test_a_value_is_toml_and_a_bare_word_a_text(read, word, path, want):
 def test_every_flag_is_a_setting(read, flag, path):
     one = dict(settings())[path]
     texts = {"host": "::1", "backend": "reference", "quantize": "int8", "cache-dir": "a/b"}
+    texts["kv-cache-dtype"] = "bf16"
     value = texts.get(flag, "11")
     words = (f"--{flag}",) if one.type is bool else (f"--{flag}", value)
     value = "true" if one.type is bool else value
@@ -203,7 +206,13 @@ OTHERS = ServeConfig(
     device='cu"da\\:\n1\x7f',
     max_context_tokens=77,
     scheduler=SchedulerConfig(max_step_tokens=99, max_running=3, max_waiting=4),
-    cache=CacheConfig(block_tokens=8, memory_bytes=12345, prefix_sharing=False, verify_hits=True),
+    cache=CacheConfig(
+        dtype=KvDType.BF16,
+        block_tokens=8,
+        memory_bytes=12345,
+        prefix_sharing=False,
+        verify_hits=True,
+    ),
     server=ServerConfig(
         host="::",
         port=0,

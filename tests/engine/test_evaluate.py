@@ -16,6 +16,7 @@ from vivace.engine.config import Config, SchedulerConfig
 from vivace.engine.errors import InvalidRequest
 from vivace.engine.evaluate import perplexity
 
+MAX_ABOVE_BY_CACHE = 0.3  # per cent
 MAX_ABOVE = 0.5  # per cent
 ROWS = {  # of shared/data/reference; which kind counts
     "stories260K": ("stories260K.dev", "story"),
@@ -76,6 +77,9 @@ def test_the_benchmark_tells_the_cost_of_weights_from_that_of_activations(model,
     found = quality(model, rows, capsys, "--rows-kind", "a")
     plain = perplexity(LLM(model).core, texts[::2])
     assert found["fp32, perplexity"] == pytest.approx(plain)
+    by_cache = found["fp32 with an int8 cache, above fp32, %"]
+    small = found["fp32 with an int8 cache, perplexity"]
+    assert small == pytest.approx(plain * (1 + by_cache / 100)) and small != plain
     for way in ("int8", "int4 g32", "int4 g64", "int4 g128"):
         total = 1 + found[f"{way}, above fp32, %"] / 100
         assert found[f"{way}, perplexity"] == pytest.approx(plain * total)
@@ -98,5 +102,6 @@ def test_what_quantizing_costs_stays_within_bounds(shared_data, name, tmp_path, 
     words = () if kind is None else ("--rows-kind", kind)
     found = quality(shared_data / "models" / name, rows, capsys, *words)
     assert found["int8, above fp32, %"] <= MAX_ABOVE
+    assert found["fp32 with an int8 cache, above fp32, %"] <= MAX_ABOVE_BY_CACHE
     for group in (32, 64, 128):
         assert found[f"int4 g{group}, added by activations, %"] <= MAX_ABOVE

@@ -13,6 +13,7 @@ from vivace.engine.config import (
     CacheConfig,
     Config,
     CpuConfig,
+    KvDType,
     SchedulerConfig,
     WeightsConfig,
 )
@@ -93,6 +94,7 @@ CONFIG = st.builds(
     ),
     cache=st.builds(
         CacheConfig,
+        dtype=st.sampled_from(KvDType),
         block_tokens=st.integers(1, 64),
         memory_bytes=st.none() | st.integers(1, 2**62),
         prefix_sharing=st.booleans(),

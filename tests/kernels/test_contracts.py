@@ -28,6 +28,7 @@ NORM = {"num_kv_heads": 2, "eps": 1e-6}
 ROUTE = (f(2, 3), i(2, 3), f(2, 12))
 SOFTMAX = {"scoring": "softmax", "renormalize": True}
 EXPERTS = (f(2, 3, 5), f(2, 7), i(2, 3), f(4, 5, 7))
+SMALL_EXPERTS = (f(2, 3, 5), u(2, 7), f(2, 2), i(2, 3), f(4, 5, 7))
 SAMPLE = (i(2), f(2, 5), f(2, 5), f(2), i(2), f(2), f(2), np.zeros(2, np.int64), i(2))
 NO_PENALTY = (f(2), f(2), f(2), i(3), i(0), i(0))
 NO_BIAS = (i(3), i(0), f(0))
@@ -77,6 +78,12 @@ REFUSED = [
     ("expert_linear", (EXPERTS[0], f(3, 7), *EXPERTS[2:]), {}, r"x must be \[2, 7\]"),
     ("expert_linear", (*EXPERTS[:2], f(2, 3), EXPERTS[3]), {}, "experts must hold int32"),
     ("expert_linear", (*EXPERTS, f(5)), {}, r"bias must be \[4, 5\], got \[5\]"),
+    ("expert_linear_int8", SMALL_EXPERTS, {}, "weight must hold int8, got"),
+    ("expert_linear_int4", SMALL_EXPERTS, {}, "weight must hold int4, got"),
+    ("expert_linear_int8", (f(2, 3, 4), *SMALL_EXPERTS[1:]), {}, r"out must be \[2, 3, 5\]"),
+    ("expert_linear_int8", (*SMALL_EXPERTS[:1], u(2, 2, 7), *SMALL_EXPERTS[2:]), {}, r"q must be \[2, 3, 7\]"),
+    ("expert_linear_int4", (*SMALL_EXPERTS[:1], u(2, 3, 7), *SMALL_EXPERTS[2:]), {}, r"params must be \[2, 3, 2\]"),
+    ("expert_linear_int4", (*SMALL_EXPERTS, f(5)), {}, r"bias must be \[4, 5\], got \[5\]"),
     ("sample", (*SAMPLE, *NO_PENALTY, i(3), i(2), f(3)), {}, r"bias_values must be \[2\], got \[3\]"),
     ("sample", (*SAMPLE, *NO_PENALTY, i(2), i(0), f(0)), {}, r"bias_starts must be \[3\]"),
     ("sample", (*SAMPLE, f(2), f(2), f(3), i(3), i(0), i(0), *NO_BIAS), {}, r"presence must be \[2\]"),

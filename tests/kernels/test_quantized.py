@@ -150,6 +150,70 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(isa, group):
         )
 
 
+def routed(seed, T, K, E):
+    """Slots of random experts, but all of one token's to the same, and the last expert to nobody."""
+    experts = np.random.default_rng(seed).integers(0, max(1, E - 1), (T, K), np.int32)
+    experts[T // 2 :][:1] = 0
+    return experts
+
+
+EXPERT_SHAPES = [  # T, K, E, N, M
+    (0, 2, 3, 5, 7), (1, 1, 1, 1, 1), (1, 8, 64, 33, 172), (3, 3, 3, 64, 96), (16, 2, 5, 31, 131), (40, 8, 4, 40, 65),
+    (260, 2, 2, 33, 9), (30, 3, 2, 32, 2065),  # past what is gathered at a time, and a block of inputs
+]  # fmt: skip
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("has_own_rows", (False, True))
+@pytest.mark.parametrize(("T", "K", "E", "N", "M"), EXPERT_SHAPES)
+def test_an_expert_is_a_projection_of_the_rows_that_chose_it(
+    isa, group, has_own_rows, T, K, E, N, M
+):
+    """To the bit what `linear_int8` makes of each row with that expert's matrix alone; the reference as well."""
+    rng = np.random.default_rng(T + N)
+    x = (3 * rng.standard_normal((T, K, M) if has_own_rows else (T, M))).astype(np.float32)
+    weight = quantized(rng.standard_normal((E, N, M)).astype(np.float32), group)
+    bias = rng.standard_normal((E, N)).astype(np.float32)
+    experts = routed(T, T, K, E)
+    reference = ops_of(Backend.REFERENCE)
+    q, params = run(
+        reference,
+        "quantize",
+        [out(reference, *x.shape, dtype=np.uint8), out(reference, *x.shape[:-1], 2)],
+        x,
+    )
+    op = f"expert_linear_{weight.dtype}"
+    for b in (None, bias):
+        want = np.empty((T, K, N), np.float32)
+        for t, k in np.ndindex(T, K):
+            at, e = (t, k) if has_own_rows else (t,), experts[t, k]
+            alone = Quantized(weight.q[e], weight.scales[e], group)
+            of_row = q[at][None], params[at][None], alone, None if b is None else b[e]
+            want[t, k] = project(ops_of(isa), *of_row)[0]
+        for ops in (reference, ops_of(isa), ops_of(isa, 2), ops_of(isa, 4)):
+            packed = ops.memory.pack(weight)
+            arrays = [ops.memory.upload(one) for one in (q, params, experts)]
+            result = out(ops, T, K, N)
+            more = [] if b is None else [ops.memory.upload(b)]
+            getattr(ops, op)(result, *arrays, packed, *more)
+            assert np.array_equal(ops.memory.read(result), want)
+
+
+@each_isa
+@each_kind
+def test_an_expert_that_nobody_chose_is_not_read(isa, group):
+    ops = ops_of(isa)
+    weight = quantized(np.ones((3, 40, 64), np.float32), group)
+    packed = ops.memory.pack(weight)
+    packed.data.reshape(3, -1)[1] = 0xFF  # NaN, as scales
+    q, params = np.full((2, 64), 9, np.uint8), np.ones((2, 2), np.float32)
+    result = out(ops, 2, 2, 40)
+    op = getattr(ops, f"expert_linear_{weight.dtype}")
+    op(result, q, params, np.array([[0, 2], [2, 2]], np.int32), packed)
+    assert np.isfinite(result).all()
+
+
 @each_backend
 def test_an_int8_embedding_is_its_rows(backend):
     rng = np.random.default_rng(0)

@@ -189,9 +189,10 @@ def as_held(x, dtype):
     if dtype is DType.BF16:
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
-    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    scale = np.where(high >= -low, high, low) / np.float32(-128)
     scale[scale == 0] = 1
-    return np.clip(np.rint(x * (np.float32(1) / scale)), -127, 127) * scale
+    return np.clip(np.rint(x * (np.float32(1) / scale)), -128, 127) * scale
 
 
 @each_backend

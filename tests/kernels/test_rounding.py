@@ -38,7 +38,7 @@ def wanted(w, group):
 
 
 def rounded(w, group, num_rows):
-    out = np.zeros(packed_bytes(*w.shape, group), np.uint8)
+    out = np.zeros(packed_bytes(w.shape, group), np.uint8)
     for first in range(0, len(w), num_rows):
         assert MEMORY.round(out, w[first : first + num_rows], w.shape, group, first=first)
     return out
@@ -49,7 +49,7 @@ def rounded(w, group, num_rows):
 def test_the_bytes_are_those_of_numpy_however_the_rows_come(shape, group):
     w = awkward(*shape)
     want = wanted(w, group)
-    assert len(want) == packed_bytes(*shape, group) == LIBRARY.packed_bytes(*shape, group)
+    assert len(want) == packed_bytes(shape, group) == LIBRARY.packed_bytes(*shape, group)
     for num_rows in (32, 64, 1024):
         assert np.array_equal(rounded(w, group, num_rows), want)
 
@@ -70,12 +70,12 @@ def test_every_fp16_scale_is_rounded_as_numpy_does():
 def test_a_number_that_is_none_is_told(group, bad, at):
     w = awkward(3, 172)
     w[2, at] = bad
-    out = np.zeros(packed_bytes(*w.shape, group), np.uint8)
+    out = np.zeros(packed_bytes(w.shape, group), np.uint8)
     assert not MEMORY.round(out, w, w.shape, group, first=0)
 
 
 def test_a_scale_that_fp16_does_not_hold_is_told():
     w = np.full((1, 32), 8 * 65520, np.float32)
-    assert not MEMORY.round(np.zeros(packed_bytes(1, 32, 32), np.uint8), w, (1, 32), 32, first=0)
+    assert not MEMORY.round(np.zeros(packed_bytes((1, 32), 32), np.uint8), w, (1, 32), 32, first=0)
     w[:] = 8 * 65519
-    assert MEMORY.round(np.zeros(packed_bytes(1, 32, 32), np.uint8), w, (1, 32), 32, first=0)
+    assert MEMORY.round(np.zeros(packed_bytes((1, 32), 32), np.uint8), w, (1, 32), 32, first=0)

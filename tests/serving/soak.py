@@ -234,9 +234,10 @@ STAGES = {"cancel": cancel, "burst": burst, "silence": silence}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=list(STAGES))
+    parser.add_argument("stages", nargs="*", choices=(*STAGES, "all"), default="all")
     failed = False
-    for name in parser.parse_args().stages:
+    stages = parser.parse_args().stages
+    for name in STAGES if "all" in stages else stages:
         print(f"{name}:", flush=True)
         with serving(*ARGUMENTS.get(name, ())) as server, Client(server.target) as client:
             list(client.generate(PROMPT, max_tokens=2))
