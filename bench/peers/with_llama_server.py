@@ -88,13 +88,21 @@ async def _stream(port: int, number: int, prompt: list[int], tokens: int) -> lis
 
 
 def read_stream(number: int, lines: list[tuple[float, bytes]]) -> list[Event]:
-    """The tokens of each message of a stream. Raises RuntimeError for an error in it."""
+    """The tokens of each message of a stream. Raises RuntimeError for an error in it.
+
+    Tokens whose text ends within a character are held back, at the end for good: the last message says how many there were.
+    """
     events: list[Event] = []
+    told = 0
     for when, line in lines:
         message = json.loads(line[len(DATA) :])
         if "error" in message:
             raise RuntimeError(f"the server says {message['error']}")
-        events.append((number, when, len(message.get("tokens", ()))))
+        count = len(message.get("tokens", ()))
+        if message.get("stop"):
+            count = message["tokens_predicted"] - told
+        events.append((number, when, count))
+        told += count
     return events
 
 

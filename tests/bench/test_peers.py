@@ -137,9 +137,10 @@ def test_vivace_does_the_job_in_process_and_over_grpc(at, name):
 
 
 def test_what_a_server_streams_is_counted_token_by_token():
-    lines = [{"tokens": [5]}, {"tokens": [6, 7]}, {"tokens": [], "stop": True}]
+    last = {"tokens": [], "stop": True, "tokens_predicted": 4}  # one is held back: half a character
+    lines = [{"tokens": [5]}, {"tokens": [6, 7]}, last]
     data = [(float(i), b"data: " + json.dumps(line).encode()) for i, line in enumerate(lines)]
-    assert with_llama_server.read_stream(3, data) == [(3, 0.0, 1), (3, 1.0, 2), (3, 2.0, 0)]
+    assert with_llama_server.read_stream(3, data) == [(3, 0.0, 1), (3, 1.0, 2), (3, 2.0, 1)]
     with pytest.raises(RuntimeError, match="no slot"):
         with_llama_server.read_stream(0, [(0.0, b'data: {"error": "no slot"}')])
 
