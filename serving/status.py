@@ -61,7 +61,11 @@ STATUS = {
     "cancelled": grpc.StatusCode.CANCELLED,
     "deadline_exceeded": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-RETRIABLE = ("overloaded", "not_ready")
+RETRIABLE = (
+    "overloaded",
+    "not_ready",
+    "engine_died",
+)  # the last on another server, or this one started anew
 
 
 def status_of(error: EngineError) -> grpc.StatusCode:

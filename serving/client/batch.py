@@ -87,8 +87,10 @@ class _Readers:
         self._waiting = deque(calls)
         self._start = start
         self._running: list[Any] = []
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._lock = (
+            threading.RLock()
+        )  # the collector may call `cancel` in a thread that begins a call
+        self._is_closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, daemon=True) for _ in calls[:num_threads]
         ]
@@ -98,21 +100,26 @@ class _Readers:
     def cancel(self) -> None:
         """Cancel what runs, and begin no more."""
         with self._lock:
-            self._is_closed = True
+            self._is_closed.set()
             for stream in self._running:
                 stream.cancel()
 
     def join(self) -> None:
         """Until all calls have ended."""
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # where the collector runs
+                thread.join()
 
     def _begin(self, request: pb.BatchRequest) -> Any:
         with self._lock:  # before the closing, which cancels it, or not at all
-            if self._is_closed:
+            if self._is_closed.is_set():
                 raise closed()
-            self._running.append(self._start(request))
-            return self._running[-1]
+            stream = self._start(request)
+            if self._is_closed.is_set():  # meanwhile, by the collector
+                stream.cancel()
+                raise closed()
+            self._running.append(stream)
+            return stream
 
     def _work(self) -> None:
         try:

@@ -2,7 +2,8 @@
 retries (gRFC A6). Theirs are off: in gRPC 1.85 a stream whose last try finds nobody listening may never end.
 
 A try that ended RESOURCE_EXHAUSTED or UNAVAILABLE is repeated after the time that the server's pushback names (negative:
-not at all), else with exponential backoff and jitter. A wait that would pass the deadline is not begun.
+not at all), else with exponential backoff and jitter. A wait that would pass the deadline is not begun, nor is a message sent
+again that gRPC itself found too large. A stream's next try is made while somebody waits for its messages.
 """
 
 import asyncio
@@ -14,13 +15,17 @@ from typing import Any
 
 import grpc
 
-from vivace.serving.client.errors import closed, error_of, pushback_ms
+from vivace.serving.client.errors import VivaceError, closed, error_of, pushback_ms
 
 MAX_RETRIES = 4
 CODES = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 FIRST_WAIT_S = 0.2
 MAX_WAIT_S = 5.0
 JITTER = 0.2
+MAX_PUSHBACK_MS = 86_400_000  # a day: who asks for more asks for none
+TOO_LARGE = (
+    "message larger than max"  # in gRPC's own refusals, of either side, which carry no pushback
+)
 
 Begin = Callable[[float], Any]  # one try, in so many seconds (`math.inf`: no end to it)
 
@@ -66,7 +71,9 @@ class Retries:
         asked_ms = pushback_ms(error)
         if asked_ms is not None:
             self._wait_s = FIRST_WAIT_S
-            return None if asked_ms < 0 else asked_ms / 1e3
+            return asked_ms / 1e3 if 0 <= asked_ms <= MAX_PUSHBACK_MS else None
+        if TOO_LARGE in (error.details() or ""):
+            return None
         wait_s = self._wait_s * random.uniform(1 - JITTER, 1 + JITTER)
         self._wait_s = min(self._wait_s * 2, MAX_WAIT_S)
         return wait_s
@@ -86,8 +93,15 @@ class Waits:
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def wait(self, seconds: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Raises Cancelled as soon as the client is closed, or the call cancelled."""
+    def after(
+        self, error: Any, retries: Retries, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until the next try. Raises what ends the call: `error`, or Cancelled as soon as the client is closed or the
+        call cancelled."""
+        if self._is_closed and error.code() is grpc.StatusCode.CANCELLED:
+            raise closed() from error
+        seconds = retries.wait_after(error)
+        error.__traceback__ = None  # it is the old call, and its frames hold the new one, which would run on when forgotten
         with self._changed:
             if self._changed.wait_for(lambda: self._is_closed or is_cancelled(), seconds):
                 raise closed()
@@ -112,6 +126,7 @@ async def _wait_async(seconds: float, *ends: asyncio.Event) -> None:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     if any(end.is_set() for end in ends):
         raise asyncio.CancelledError
 
@@ -121,8 +136,10 @@ def unary(begin: Begin, retries: Retries, waits: Waits) -> Any:
     while True:
         try:
             return begin(retries.timer.left())
+        except VivaceError:
+            raise  # the client was closed before
         except grpc.RpcError as error:
-            waits.wait(retries.wait_after(error))
+            waits.after(error, retries)
 
 
 async def unary_async(begin: Begin, retries: Retries, is_closed: asyncio.Event) -> Any:
@@ -130,6 +147,8 @@ async def unary_async(begin: Begin, retries: Retries, is_closed: asyncio.Event) 
     while True:
         try:
             return await begin(retries.timer.left())
+        except VivaceError:
+            raise  # the client was closed before
         except grpc.RpcError as error:
             await _wait_async(retries.wait_after(error), is_closed)
 
@@ -141,8 +160,10 @@ class Messages:
         self._begin = begin
         self._retries = retries
         self._waits = waits
-        self._lock = threading.Lock()
-        self._is_cancelled = False
+        self._lock = (
+            threading.RLock()
+        )  # the collector may call `cancel` in a thread that begins a try
+        self._is_cancelled = threading.Event()
         self._call = begin(retries.timer.left())
 
     def __iter__(self) -> "Messages":
@@ -153,7 +174,8 @@ class Messages:
             try:
                 message = next(self._call)
             except grpc.RpcError as error:
-                self._again(self._retries.wait_after(error))
+                self._waits.after(error, self._retries, self._is_cancelled.is_set)
+                self._again()
             else:
                 self._retries.stop()
                 return message
@@ -161,16 +183,17 @@ class Messages:
     def cancel(self) -> None:
         """End it, from any thread."""
         with self._lock:
-            self._is_cancelled = True
+            self._is_cancelled.set()
             self._call.cancel()
         self._waits.wake()
 
-    def _again(self, wait_s: float) -> None:
-        self._waits.wait(wait_s, lambda: self._is_cancelled)
+    def _again(self) -> None:
         with self._lock:
-            if self._is_cancelled:
+            if self._is_cancelled.is_set():
                 raise closed()
             self._call = self._begin(self._retries.timer.left())
+            if self._is_cancelled.is_set():  # meanwhile, by the collector
+                self._call.cancel()
 
 
 class AsyncMessages:

@@ -253,8 +253,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
-        self._channel.close()
         self._waits.close()
+        self._channel.close()
 
     def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
         """Make a call that does not stream. Raises VivaceError."""

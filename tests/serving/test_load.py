@@ -204,7 +204,7 @@ def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
 
 def test_watchers_that_stall_leave_room_for_others():
     with (
-        serving("--set", "server.stalled_reader_s=1") as server,
+        serving("--set", "server.stalled_reader_s=4") as server,
         Client(server.target, max_retries=0) as client,
         Connection(server.target, reads=False) as connection,
     ):
