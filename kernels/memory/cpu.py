@@ -48,10 +48,12 @@ class CpuMemory:
         self._library = library
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
-        """A new array, contents undefined. Raises ValueError for a type that NumPy does not have."""
+        """A new array, contents undefined, a large one in huge pages. Raises ValueError for a type that NumPy does not have."""
         if dtype not in DTYPES:
             raise ValueError(f"no array of {dtype.value} on the CPU")
         size = prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if size >= HUGE_BYTES:  # of small pages, hundreds would be taken while the first large step runs
+            return huge(size).view(DTYPES[dtype]).reshape(shape)
         raw = np.empty(size + ALIGNMENT, np.uint8)
         start = -raw.__array_interface__["data"][0] % ALIGNMENT
         return raw[start : start + size].view(DTYPES[dtype]).reshape(shape)
