@@ -52,7 +52,7 @@ class CpuMemory:
         if dtype not in DTYPES:
             raise ValueError(f"no array of {dtype.value} on the CPU")
         size = prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        if size >= HUGE_BYTES:  # of small pages, hundreds would be taken while the first large step runs
+        if size >= HUGE_BYTES:  # of small pages, hundreds are taken while the first large step runs
             return huge(size).view(DTYPES[dtype]).reshape(shape)
         raw = np.empty(size + ALIGNMENT, np.uint8)
         start = -raw.__array_interface__["data"][0] % ALIGNMENT

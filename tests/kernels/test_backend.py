@@ -13,7 +13,7 @@ import pytest
 from tests.kernels.arrays import BACKENDS, ops_of, out
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
-from vivace.kernels.cpu.library import Library
+from vivace.kernels.cpu.library import ABI, Library
 from vivace.kernels.linear.cpu import Args
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
@@ -116,7 +116,7 @@ def test_a_library_of_another_abi_is_refused(tmp_path):
     source, path = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int vivace_abi(void) { return 99; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
-    with pytest.raises(ImportError, match="has ABI 99, this package needs 4"):
+    with pytest.raises(ImportError, match=f"has ABI 99, this package needs {ABI}"):
         Library(threads=1, path=path)
 
 
