@@ -1,9 +1,10 @@
-"""Long runs against the real server: `python tests/serving/soak.py [cancel burst silence]`.
+"""Long runs against the real server: `python tests/serving/soak.py [cancel burst silence mixed]`.
 
 cancel: 1,000 requests that hang up at every stage. burst: for 30 s ten times as many requests as the server can serve.
-silence: a call that says nothing for five minutes while its client pings. Throughout, another process asks for health every
-20 ms. Exits with 1 if a block leaks, a request does not end in exactly one way, a refusal names no time to wait, or health
-takes over 100 ms.
+silence: a call that says nothing for five minutes while its client pings. mixed: ten minutes of all kinds of requests beside
+a busy process, then a minute of none. During cancel and burst another process asks for health every 20 ms. Exits with 1 if a
+block leaks, a request does not end in exactly one way, a refusal names no time to wait, health takes over 100 ms, a stream
+stalls, or a server without requests computes.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from h2.events import DataReceived
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.serving import soak_mixed
 from tests.serving.http2 import Connection
 from tests.serving.server_process import PROMPT, serving, wait_until
 from vivace.serving.client import Client
@@ -228,8 +230,13 @@ def ping(connection):
     return stream, pings
 
 
-ARGUMENTS = {"silence": ("--max-running", "1")}
-STAGES = {"cancel": cancel, "burst": burst, "silence": silence}
+def mixed(server, client):
+    soak_mixed.mixed(server, check)
+    check_free(client)
+
+
+ARGUMENTS = {"silence": ("--max-running", "1"), "mixed": soak_mixed.ARGUMENTS}
+STAGES = {"cancel": cancel, "burst": burst, "silence": silence, "mixed": mixed}
 
 
 def main():
