@@ -12,6 +12,7 @@ from typing import Any
 from vivace.kernels import (
     add,
     add_rmsnorm,
+    add_rmsnorm_quantize,
     attention,
     embed,
     embed_int8,
@@ -19,6 +20,7 @@ from vivace.kernels import (
     expert_linear_int4,
     expert_linear_int8,
     gated,
+    gated_quantize,
     kv_read,
     linear,
     linear_int4,
@@ -28,6 +30,7 @@ from vivace.kernels import (
     moe_route,
     quantize,
     rmsnorm,
+    rmsnorm_quantize,
     rope_kv_write,
     rope_table,
     sample,
@@ -62,10 +65,13 @@ class Ops:
     embed_int8: embed_int8.Run
     rmsnorm: rmsnorm.Run
     add_rmsnorm: add_rmsnorm.Run
+    rmsnorm_quantize: rmsnorm_quantize.Run
+    add_rmsnorm_quantize: add_rmsnorm_quantize.Run
     rope_table: rope_table.Run
     rope_kv_write: rope_kv_write.Run
     attention: attention.Run
     gated: gated.Run
+    gated_quantize: gated_quantize.Run
     softcap: softcap.Run
     add: add.Run
     moe_route: moe_route.Run

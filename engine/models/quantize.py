@@ -4,6 +4,8 @@ Projections are rewritten, those of experts too, and the embedding. The output l
 between tokens directly. Routers and gates of experts stay as they are, since a small error there sends a token elsewhere.
 """
 
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -18,6 +20,7 @@ from vivace.kernels.memory import Memory
 Array = np.ndarray[Any, Any]
 
 GATES = (".moe.router", ".shared.gate")
+MAKERS = ("rmsnorm", "add_rmsnorm", "gated")  # with a twin each, whose last result is bytes at once
 
 
 class Quantize(Enum):
@@ -75,7 +78,8 @@ class _Rewrite:
                     self._call("embed_int8", call, (call.ins[0], _int8(call.ins[1])))
                 case _:
                     self._calls.append(call)
-        return replace(program, calls=tuple(self._calls))
+        kept = {program.hidden.owner, program.logits.owner}
+        return replace(program, calls=_joined(self._calls, kept))
 
     def _takes(self, weight: Value) -> bool:
         K = weight.shape[-1]
@@ -114,6 +118,27 @@ class _Rewrite:
             self._rows[x] = _Rows(q, params)
             self._calls.append(Call("quantize", (q, params), (x,)))
         return self._rows[x]
+
+
+def _joined(calls: Sequence[Call], kept: Container[Value]) -> tuple[Call, ...]:
+    """Whoever makes what is read as bytes alone makes these at once. `kept`: what is read after the last call, too."""
+    readers = Counter(value.owner for call in calls for value in call.ins)
+    roundings = {
+        call.ins[0]: call
+        for call in calls
+        if call.op == "quantize"
+        and readers[call.ins[0].owner] == 1
+        and call.ins[0].owner not in kept
+    }
+    makers = {call.outs[-1] for call in calls if call.op in MAKERS} & roundings.keys()
+    found: list[Call] = []
+    for call in calls:
+        if call.op in MAKERS and call.outs[-1] in makers:
+            outs = (*call.outs[:-1], *roundings[call.outs[-1]].outs)
+            found.append(Call(f"{call.op}_quantize", outs, call.ins, call.attrs))
+        elif call.op != "quantize" or call.ins[0] not in makers:
+            found.append(call)
+    return tuple(found)
 
 
 def _results(program: Program, call: Call) -> set[Value]:

@@ -6,6 +6,7 @@
 
 #include "math.h"
 #include "ops.h"
+#include "quantize_rows.h"
 
 namespace {
 
@@ -28,19 +29,35 @@ inline float clamped_swiglu(float gate, float up, const cpu::GatedArgs& a) {
   return g * sigmoid(a.alpha * g) * (u + 1.0f);
 }
 
+// `a` is a copy, which `out` cannot overlap.
+template <Gate* act>
+inline void gated_row(float* out, int64_t t, const cpu::GatedArgs a) {
+  const float* gate = a.gate_up + 2 * t * a.F;
+  const float* up = gate + a.F;
+  for (int64_t f = 0; f < a.F; ++f) out[f] = act(gate[f], up[f], a);
+}
+
 template <Gate* act>
 void gated_rows(const void* args, int64_t begin, int64_t end) {
-  const cpu::GatedArgs a = *static_cast<const cpu::GatedArgs*>(args);  // a copy, which `out` cannot overlap
+  const auto& a = *static_cast<const cpu::GatedArgs*>(args);
+  for (int64_t t = begin; t < end; ++t) gated_row<act>(a.out + t * a.F, t, a);
+}
+
+template <Gate* act>
+void gated_byte_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = *static_cast<const cpu::GatedQuantizeArgs*>(args);
+  const int64_t F = a.of.F;
+  float row[cpu::kMostInputs];
   for (int64_t t = begin; t < end; ++t) {
-    const float* gate = a.gate_up + 2 * t * a.F;
-    const float* up = gate + a.F;
-    float* out = a.out + t * a.F;
-    for (int64_t f = 0; f < a.F; ++f) out[f] = act(gate[f], up[f], a);
+    gated_row<act>(row, t, a.of);
+    Quantizer::row(a.q + t * F, a.params + 2 * t, row, F);
   }
 }
 
 // In the order of kernels.gated.ACTIVATIONS.
 constexpr cpu::Task* kGated[] = {gated_rows<silu>, gated_rows<gelu>, gated_rows<gelu_tanh>, gated_rows<clamped_swiglu>};
+constexpr cpu::Task* kGatedBytes[] = {gated_byte_rows<silu>, gated_byte_rows<gelu>, gated_byte_rows<gelu_tanh>,
+                                      gated_byte_rows<clamped_swiglu>};
 
 void capped(const void* args, int64_t begin, int64_t end) {
   const cpu::SoftcapArgs a = *static_cast<const cpu::SoftcapArgs*>(args);
@@ -56,6 +73,9 @@ void added(const void* args, int64_t begin, int64_t end) {
 
 namespace cpu {
 void VIVACE_ISA(gated)(Pool& pool, const GatedArgs& a) { pool.for_range(a.T, 8, kGated[a.activation], &a); }
+void VIVACE_ISA(gated_quantize)(Pool& pool, const GatedQuantizeArgs& a) {
+  pool.for_range(a.of.T, 4, kGatedBytes[a.of.activation], &a);
+}
 void VIVACE_ISA(softcap)(Pool& pool, const SoftcapArgs& a) { pool.for_range(a.count, 4096, capped, &a); }
 void VIVACE_ISA(add)(Pool& pool, const AddArgs& a) { pool.for_range(a.count, 16384, added, &a); }
 }  // namespace cpu

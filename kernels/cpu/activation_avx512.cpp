@@ -1,2 +1,3 @@
+#define kLanes 16
 #define VIVACE_ISA(op) op##_avx512
 #include "activation.h"

@@ -1,2 +1,3 @@
+#define kLanes 4
 #define VIVACE_ISA(op) op##_portable
 #include "activation.h"

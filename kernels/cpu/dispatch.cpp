@@ -11,7 +11,7 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 5;
+constexpr int32_t kAbi = 6;
 
 // What the instruction sets below start from; each replaces the ops that it has of its own.
 constexpr cpu::Kernels kPortable = {
@@ -23,10 +23,13 @@ constexpr cpu::Kernels kPortable = {
     .embed_int8 = cpu::embed_int8_portable,
     .rmsnorm = cpu::rmsnorm_portable,
     .add_rmsnorm = cpu::add_rmsnorm_portable,
+    .rmsnorm_quantize = cpu::rmsnorm_quantize_portable,
+    .add_rmsnorm_quantize = cpu::add_rmsnorm_quantize_portable,
     .rope_table = cpu::rope_table_portable,
     .rope_kv_write = cpu::rope_kv_write_portable,
     .attention = cpu::attention_portable,
     .gated = cpu::gated_portable,
+    .gated_quantize = cpu::gated_quantize_portable,
     .softcap = cpu::softcap_portable,
     .add = cpu::add_portable,
     .moe_route = cpu::moe_route_portable,
@@ -44,12 +47,15 @@ constexpr cpu::Kernels kPortable = {
 constexpr cpu::Kernels avx2() {
   cpu::Kernels k = kPortable;
   k.gated = cpu::gated_avx2;
+  k.gated_quantize = cpu::gated_quantize_avx2;
   k.softcap = cpu::softcap_avx2;
   k.add = cpu::add_avx2;
   k.embed = cpu::embed_avx2;
   k.take_rows = cpu::take_rows_avx2;
   k.rmsnorm = cpu::rmsnorm_avx2;
   k.add_rmsnorm = cpu::add_rmsnorm_avx2;
+  k.rmsnorm_quantize = cpu::rmsnorm_quantize_avx2;
+  k.add_rmsnorm_quantize = cpu::add_rmsnorm_quantize_avx2;
   k.kv_read = cpu::kv_read_avx2;
   k.rope_table = cpu::rope_table_avx2;
   k.rope_kv_write = cpu::rope_kv_write_avx2;
@@ -69,12 +75,15 @@ constexpr cpu::Kernels avx2() {
 constexpr cpu::Kernels avx512() {
   cpu::Kernels k = avx2();
   k.gated = cpu::gated_avx512;
+  k.gated_quantize = cpu::gated_quantize_avx512;
   k.softcap = cpu::softcap_avx512;
   k.add = cpu::add_avx512;
   k.embed = cpu::embed_avx512;
   k.take_rows = cpu::take_rows_avx512;
   k.rmsnorm = cpu::rmsnorm_avx512;
   k.add_rmsnorm = cpu::add_rmsnorm_avx512;
+  k.rmsnorm_quantize = cpu::rmsnorm_quantize_avx512;
+  k.add_rmsnorm_quantize = cpu::add_rmsnorm_quantize_avx512;
   k.kv_read = cpu::kv_read_avx512;
   k.rope_table = cpu::rope_table_avx512;
   k.rope_kv_write = cpu::rope_kv_write_avx512;
@@ -223,10 +232,13 @@ OP(embed, EmbedArgs)
 OP(embed_int8, EmbedInt8Args)
 OP(rmsnorm, RmsnormArgs)
 OP(add_rmsnorm, AddRmsnormArgs)
+OP(rmsnorm_quantize, RmsnormQuantizeArgs)
+OP(add_rmsnorm_quantize, AddRmsnormQuantizeArgs)
 OP(rope_table, RopeTableArgs)
 OP(rope_kv_write, RopeKvWriteArgs)
 OP(attention, AttentionArgs)
 OP(gated, GatedArgs)
+OP(gated_quantize, GatedQuantizeArgs)
 OP(softcap, SoftcapArgs)
 OP(add, AddArgs)
 OP(moe_route, MoeRouteArgs)

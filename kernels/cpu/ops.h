@@ -8,6 +8,8 @@
 
 namespace cpu {
 
+constexpr int64_t kMostInputs = 1 << 16;  // of a row that becomes bytes: kernels.quantized.MAX_INPUTS
+
 #pragma pack(push, 1)
 struct LinearArgs {
   float* out;           // [T, N]
@@ -70,6 +72,16 @@ struct AddRmsnormArgs {
   int64_t T, M;
   float eps;
 };
+struct RmsnormQuantizeArgs {
+  uint8_t* q;      // [T, M]
+  float* params;   // [T, 2]: scale, zero
+  RmsnormArgs of;  // its `out` is not written
+};
+struct AddRmsnormQuantizeArgs {
+  uint8_t* q;         // [T, M]
+  float* params;      // [T, 2]: scale, zero
+  AddRmsnormArgs of;  // its `out` is not written
+};
 struct RopeTableArgs {
   float* cos_sin;            // [T, 2 * half]
   const int32_t* positions;  // [T]
@@ -110,6 +122,11 @@ struct GatedArgs {
   int64_t T, F;
   int64_t activation;  // its place in kernels.gated.ACTIVATIONS
   float alpha, limit;
+};
+struct GatedQuantizeArgs {
+  uint8_t* q;     // [T, F]
+  float* params;  // [T, 2]: scale, zero
+  GatedArgs of;   // its `out` is not written
 };
 struct SoftcapArgs {
   float* out;      // [count]
@@ -228,10 +245,13 @@ struct Kernels {
   void (*embed_int8)(Pool&, const EmbedInt8Args&);
   void (*rmsnorm)(Pool&, const RmsnormArgs&);
   void (*add_rmsnorm)(Pool&, const AddRmsnormArgs&);
+  void (*rmsnorm_quantize)(Pool&, const RmsnormQuantizeArgs&);
+  void (*add_rmsnorm_quantize)(Pool&, const AddRmsnormQuantizeArgs&);
   void (*rope_table)(Pool&, const RopeTableArgs&);
   void (*rope_kv_write)(Pool&, const RopeKvWriteArgs&);
   void (*attention)(Pool&, const AttentionArgs&);
   void (*gated)(Pool&, const GatedArgs&);
+  void (*gated_quantize)(Pool&, const GatedQuantizeArgs&);
   void (*softcap)(Pool&, const SoftcapArgs&);
   void (*add)(Pool&, const AddArgs&);
   void (*moe_route)(Pool&, const MoeRouteArgs&);
@@ -267,6 +287,15 @@ void rmsnorm_avx512(Pool&, const RmsnormArgs&);
 void add_rmsnorm_portable(Pool&, const AddRmsnormArgs&);
 void add_rmsnorm_avx2(Pool&, const AddRmsnormArgs&);
 void add_rmsnorm_avx512(Pool&, const AddRmsnormArgs&);
+void rmsnorm_quantize_portable(Pool&, const RmsnormQuantizeArgs&);
+void rmsnorm_quantize_avx2(Pool&, const RmsnormQuantizeArgs&);
+void rmsnorm_quantize_avx512(Pool&, const RmsnormQuantizeArgs&);
+void add_rmsnorm_quantize_portable(Pool&, const AddRmsnormQuantizeArgs&);
+void add_rmsnorm_quantize_avx2(Pool&, const AddRmsnormQuantizeArgs&);
+void add_rmsnorm_quantize_avx512(Pool&, const AddRmsnormQuantizeArgs&);
+void gated_quantize_portable(Pool&, const GatedQuantizeArgs&);
+void gated_quantize_avx2(Pool&, const GatedQuantizeArgs&);
+void gated_quantize_avx512(Pool&, const GatedQuantizeArgs&);
 void rope_table_portable(Pool&, const RopeTableArgs&);
 void rope_table_avx2(Pool&, const RopeTableArgs&);
 void rope_table_avx512(Pool&, const RopeTableArgs&);

@@ -7,6 +7,7 @@
 #include "kv.h"
 #include "math.h"
 #include "ops.h"
+#include "quantize_rows.h"
 
 namespace {
 
@@ -49,6 +50,28 @@ void add_norm_rows(const void* args, int64_t begin, int64_t end) {
   }
 }
 
+void norm_byte_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::RmsnormQuantizeArgs>(args);
+  const int64_t M = a.of.M;
+  float row[cpu::kMostInputs];
+  for (int64_t t = begin; t < end; ++t) {
+    norm_row(row, a.of.x + t * M, a.of.weight, M, a.of.eps);
+    Quantizer::row(a.q + t * M, a.params + 2 * t, row, M);
+  }
+}
+
+void add_norm_byte_rows(const void* args, int64_t begin, int64_t end) {
+  const auto& a = as<cpu::AddRmsnormQuantizeArgs>(args);
+  const int64_t M = a.of.M;
+  float row[cpu::kMostInputs];
+  for (int64_t t = begin; t < end; ++t) {
+    float* sum = a.of.sum + t * M;
+    for (int64_t m = 0; m < M; ++m) sum[m] = a.of.x[t * M + m] + a.of.residual[t * M + m];
+    norm_row(row, sum, a.of.weight, M, a.of.eps);
+    Quantizer::row(a.q + t * M, a.params + 2 * t, row, M);
+  }
+}
+
 template <typename Element>
 void read_rows(const void* args, int64_t begin, int64_t end) {
   const auto& a = as<cpu::KvReadArgs>(args);
@@ -68,11 +91,17 @@ constexpr cpu::Task* kRead[] = {read_rows<float>, read_rows<uint16_t>, read_rows
 }  // namespace
 
 namespace cpu {
-void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) { 
+void VIVACE_ISA(embed)(Pool& pool, const EmbedArgs& a) {
   pool.for_range(a.T, 64, a.is_bf16 ? embed_rows<uint16_t> : embed_rows<float>, &a);
 }
 void VIVACE_ISA(take_rows)(Pool& pool, const TakeRowsArgs& a) { pool.for_range(a.R, 64, taken_rows, &a); }
 void VIVACE_ISA(rmsnorm)(Pool& pool, const RmsnormArgs& a) { pool.for_range(a.T, 8, norm_rows, &a); }
 void VIVACE_ISA(add_rmsnorm)(Pool& pool, const AddRmsnormArgs& a) { pool.for_range(a.T, 8, add_norm_rows, &a); }
+void VIVACE_ISA(rmsnorm_quantize)(Pool& pool, const RmsnormQuantizeArgs& a) {
+  pool.for_range(a.of.T, 4, norm_byte_rows, &a);
+}
+void VIVACE_ISA(add_rmsnorm_quantize)(Pool& pool, const AddRmsnormQuantizeArgs& a) {
+  pool.for_range(a.of.T, 4, add_norm_byte_rows, &a);
+}
 void VIVACE_ISA(kv_read)(Pool& pool, const KvReadArgs& a) { pool.for_range(a.T, 64, kRead[a.kv_type], &a); }
 }  // namespace cpu

@@ -41,6 +41,11 @@ def check(
     expect("gate_up", gate_up, *leading, 2 * F)
     expect_dtype("out", out, "float32")
     expect_dtype("gate_up", gate_up, "float32")
+    check_activation(activation, limit)
+
+
+def check_activation(activation: str, limit: float) -> None:
+    """Raise ValueError unless there is such an activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not limit > 0:

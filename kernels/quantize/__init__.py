@@ -9,6 +9,7 @@ bytes on every CPU. A row that holds a NaN has a NaN for a scale, one that holds
 from typing import Protocol
 
 from vivace.kernels.buffer import Buffer, expect, expect_dtype
+from vivace.kernels.quantized import MAX_INPUTS
 
 
 class Run(Protocol):
@@ -25,6 +26,8 @@ class Run(Protocol):
 def check(q: Buffer, params: Buffer, x: Buffer) -> None:
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     *rows, K = expect("x", x, *((None,) * max(2, min(3, len(x.shape)))))
+    if K > MAX_INPUTS:
+        raise ValueError(f"x must have at most {MAX_INPUTS} inputs, got {K}")
     expect("q", q, *rows, K)
     expect("params", params, *rows, 2)
     expect_dtype("q", q, "uint8")

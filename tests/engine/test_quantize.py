@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Kind, assign_slots, values_of
-from vivace.engine.models.quantize import Quantize, quantize
+from vivace.engine.models.quantize import MAKERS, Quantize, quantize
 from vivace.engine.plan import Machine, make_plan, program_of
 from vivace.kernels.backend import Backend
 from vivace.kernels.buffer import DType
@@ -87,16 +88,30 @@ def test_projections_and_experts_are_rounded_and_gates_norms_and_biases_are_not(
     assert quantize(plain, Quantize.NONE, GROUP) is plain
 
 
-def test_what_several_read_is_quantized_once_and_just_before(directory, kind):
+def test_what_several_read_is_quantized_once_and_before(directory, kind):
     program = quantize(emit(read_spec(directory)), KINDS[kind], GROUP)
     read, made = [], []
     for call in program.calls:
-        if call.op == "quantize":
-            made.append((call.ins[0], call.outs))
+        if call.op.endswith("quantize"):
+            made.append(call.outs[-2:])
         if call.op.endswith(("linear_int8", "linear_int4")):
             read.append(call.ins[:2])
-            assert call.ins[:2] in [outs for _, outs in made]
-    assert len({x for x, _ in made}) == len(made) == len(set(read)) > 4
+            assert call.ins[:2] in made
+    assert len(set(made)) == len(made) == len(set(read)) > 4
+
+
+def test_norms_and_activations_that_are_read_as_bytes_alone_are_never_kept(directory, kind):
+    program = quantize(emit(read_spec(directory)), KINDS[kind], GROUP)
+    readers = Counter(value.owner for call in program.calls for value in call.ins)
+    makers = {value.owner: call.op for call in program.calls for value in call.outs}
+    for call in program.calls:
+        if call.op == "quantize":
+            [x] = call.ins
+            is_needed = readers[x.owner] > 1 or x.owner is program.hidden.owner
+            assert makers[x.owner] not in MAKERS or x is not x.owner or is_needed, call
+    fused = {f"{op}_quantize" for op in MAKERS}
+    assert sum(call.op in fused for call in program.calls) >= 2
+    assert set(makers) >= {program.hidden, program.logits}
 
 
 def test_no_slot_is_shared_by_two_that_live_at_once(directory, kind):

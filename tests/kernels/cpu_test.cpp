@@ -34,7 +34,7 @@ int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, in
 int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first, int64_t count);
 #define OP(name) void vivace_##name(void* context, const void* args);
 OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
-OP(quantize) OP(linear_int8) OP(linear_int4) OP(embed_int8) OP(expert_linear_int8) OP(expert_linear_int4)
+OP(rmsnorm_quantize) OP(add_rmsnorm_quantize) OP(gated_quantize) OP(quantize) OP(linear_int8) OP(linear_int4) OP(embed_int8) OP(expert_linear_int8) OP(expert_linear_int4)
 OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
 #undef OP
 }
@@ -189,7 +189,7 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   add("linear", vivace_linear,
       cpu::LinearArgs{projected.data(), x.data(), weight.data(), bias.data(), T, N, M, 0}, projected);
   Floats &act = b.f(T * F), &gate_up = b.f(T * 2 * F);
-  for (int64_t activation = 0; activation < 3; ++activation)
+  for (int64_t activation = 0; activation < 4; ++activation)
     add("gated", vivace_gated, cpu::GatedArgs{act.data(), gate_up.data(), T, F, activation, 1.7f, 7}, act);
 
   Floats &chosen = b.f(T * K), &router = b.f(T * E), &expert_out = b.f(T * K * N), &combined = b.f(T * N);
@@ -209,6 +209,19 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   add("quantize", vivace_quantize, cpu::QuantizeArgs{bytes_of_x.data(), params.data(), x.data(), T, M}, bytes_of_x, params);
   add("quantize", vivace_quantize,
       cpu::QuantizeArgs{own_rows.data(), own_params.data(), x_of_experts.data(), T * K, M}, own_rows, own_params);
+  std::vector<uint8_t>& gated_bytes = b.u(T * F);
+  Floats& gated_params = b.f(T * 2);
+  for (int64_t activation = 0; activation < 4; ++activation)
+    add("gated_quantize", vivace_gated_quantize,
+        cpu::GatedQuantizeArgs{gated_bytes.data(), gated_params.data(), {nullptr, gate_up.data(), T, F, activation, 1.7f, 7}},
+        gated_bytes, gated_params);
+  add("rmsnorm_quantize", vivace_rmsnorm_quantize,
+      cpu::RmsnormQuantizeArgs{bytes_of_x.data(), params.data(), {nullptr, x.data(), norm.data(), T, M, 1e-6f}}, bytes_of_x,
+      params);
+  add("add_rmsnorm_quantize", vivace_add_rmsnorm_quantize,
+      cpu::AddRmsnormQuantizeArgs{bytes_of_x.data(), params.data(),
+                                  {sum.data(), nullptr, x.data(), residual.data(), norm.data(), T, M, 1e-6f}},
+      bytes_of_x, params, sum);
   const auto &int8 = packed(b, weight, 1, N, M, 0), &int4 = packed(b, weight, 1, N, M, 32);
   const auto &experts_int8 = packed(b, expert_weight, E, N, M, 0), &experts_int4 = packed(b, expert_weight, E, N, M, 32);
   add("embed_int8", vivace_embed_int8,

@@ -31,6 +31,7 @@ EXPERTS = (f(2, 3, 5), f(2, 7), i(2, 3), f(4, 5, 7))
 SMALL_EXPERTS = (f(2, 3, 5), u(2, 7), f(2, 2), i(2, 3), f(4, 5, 7))
 SAMPLE = (i(2), f(2, 5), f(2, 5), f(2), i(2), f(2), f(2), np.zeros(2, np.int64), i(2))
 NO_PENALTY = (f(2), f(2), f(2), i(3), i(0), i(0))
+EPS = {"eps": 1e-6}
 NO_BIAS = (i(3), i(0), f(0))
 REFUSED = [
     ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
@@ -38,6 +39,15 @@ REFUSED = [
     ("quantize", (u(2, 4), f(2, 2), f(2, 5)), {}, r"q must be \[2, 5\], got \[2, 4\]"),
     ("quantize", (u(2, 4), f(2, 1), f(2, 4)), {}, r"params must be \[2, 2\], got \[2, 1\]"),
     ("quantize", (f(2, 4), f(2, 2), f(2, 4)), {}, "q must hold uint8, got"),
+    ("quantize", (u(1, 65537), f(1, 2), f(1, 65537)), {}, "x must have at most 65536 inputs, got 65537"),
+    ("rmsnorm_quantize", (u(2, 4), f(2, 2), f(2, 5), f(5)), EPS, r"q must be \[2, 5\], got \[2, 4\]"),
+    ("rmsnorm_quantize", (u(2, 4), f(2, 2), f(2, 4), f(5)), EPS, r"x must be \[any, 5\], got \[2, 4\]"),
+    ("add_rmsnorm_quantize", (f(2, 5), u(2, 4), f(2, 2), f(2, 4), f(2, 4), f(4)), EPS, r"sum must be \[2, 4\]"),
+    ("add_rmsnorm_quantize", (f(2, 4), f(2, 4), f(2, 2), f(2, 4), f(2, 4), f(4)), EPS, "q must hold uint8"),
+    ("gated_quantize", (u(2, 4), f(2, 1), f(2, 8)), {}, r"params must be \[2, 2\], got \[2, 1\]"),
+    ("gated_quantize", (u(2, 4), f(2, 2), f(2, 9)), {}, r"gate_up must be \[2, 8\], got \[2, 9\]"),
+    ("gated_quantize", (u(2, 4), f(2, 2), f(2, 8)), {"activation": "relu"}, "one of silu, gelu, .*got 'relu'"),
+    ("gated_quantize", (u(1, 65537), f(1, 2), f(1, 131074)), {}, "at most 65536 columns, got 65537"),
     ("linear_int8", (f(2, 5), u(2, 4), f(2, 2), f(5, 4)), {}, "weight must hold int8, got"),
     ("linear_int4", (f(2, 5), u(2, 3), f(2, 2), f(5, 4)), {}, r"q must be \[any, 4\], got \[2, 3\]"),
     ("linear_int8", (f(2, 5), u(2, 65537), f(2, 2), f(5, 65537)), {}, "at most 65536 inputs, got 65537"),

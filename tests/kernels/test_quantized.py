@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
+from vivace.kernels.gated import ACTIVATIONS
 from vivace.kernels.quantized import MAX_INPUTS, Quantized, quantize_int4, quantize_int8
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
@@ -74,6 +75,36 @@ def test_what_is_no_number_stays_none(backend, bad):
     ops = ops_of(backend)
     y = project(ops, *rows(ops, x), quantize_int8(w))
     assert not np.isfinite(y[1]).any() and np.isfinite(y[[0, 2]]).all()
+
+
+MAKERS = [  # op, shapes of the inputs for rows of K, attributes
+    ("rmsnorm", lambda T, K: [(T, K), (K,)], {"eps": 1e-6}),
+    ("add_rmsnorm", lambda T, K: [(T, K), (T, K), (K,)], {"eps": 1e-6}),
+    *(("gated", lambda T, K: [(T, 2 * K)], {"activation": name}) for name in ACTIVATIONS),
+    ("gated", lambda T, K: [(T, 2, 2 * K)], {}),
+]
+
+
+@each_backend
+@pytest.mark.parametrize(("op", "shapes", "attrs"), MAKERS)
+@pytest.mark.parametrize("T", (0, 1, 3, 8, 70))
+def test_rows_made_as_bytes_are_those_that_would_be_rounded_next(backend, op, shapes, attrs, T):
+    """To the bit, on several threads too; what else the op makes is written as before."""
+    for K in (1, 45, 173):
+        rng = np.random.default_rng(T + K)
+        ins = [(3 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes(T, K)]
+        ops = ops_of(backend)
+        rows_of = ins[0].shape[:-1]
+        also = [out(ops, T, K)] if op == "add_rmsnorm" else []
+        *totals, plain = run(ops, op, [*also, out(ops, *rows_of, K)], *ins, **attrs)
+        small = [out(ops, *rows_of, K, dtype=np.uint8), out(ops, *rows_of, 2)]
+        want = [*totals, *run(ops, "quantize", small, plain)]
+        for threads in (1, 2, 4):
+            ops = ops_of(backend, threads) if backend is not Backend.REFERENCE else ops
+            also = [out(ops, T, K)] if op == "add_rmsnorm" else []
+            outs = [*also, out(ops, *rows_of, K, dtype=np.uint8), out(ops, *rows_of, 2)]
+            for got, one in zip(run(ops, f"{op}_quantize", outs, *ins, **attrs), want, strict=True):
+                assert np.array_equal(got, one)
 
 
 @each_isa
