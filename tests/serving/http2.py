@@ -67,6 +67,11 @@ class Connection:
     def goaways(self):
         return [one for one in self.events if isinstance(one, h2.events.ConnectionTerminated)]
 
+    def begun(self):
+        """The streams whose headers have come."""
+        headers = h2.events.ResponseReceived
+        return {one.stream_id for one in self.events if isinstance(one, headers)}
+
     def open_window(self, stream):
         """Begin to read, after all."""
         self._reads = True

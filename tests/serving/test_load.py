@@ -209,11 +209,12 @@ def test_watchers_that_stall_leave_room_for_others():
         Connection(server.target, reads=False) as connection,
     ):
         request = pb.WatchLoadsRequest(interval_ms=10).SerializeToString()
-        stream, *_ = [connection.call("WatchLoads", request) for _ in range(64)]
-        wait_until(lambda: drain_socket(connection) or not watches(client), 10)
+        streams = [connection.call("WatchLoads", request) for _ in range(64)]
+        wait_until(lambda: drain_socket(connection) or connection.begun() >= set(streams))
+        assert not watches(client)
         wait_until(lambda: drain_socket(connection) or watches(client), 30)
-        connection.open_window(stream)
-        status, words = connection.status(stream)
+        connection.open_window(streams[0])
+        status, words = connection.status(streams[0])
         assert (status, "not read" in words) == (8, True)
 
 
