@@ -2,12 +2,15 @@
 // by a tile while it is in the cache. Bound by reading W up to 8 rows or so, by multiplying beyond.
 //
 // `Sums` is an instruction set's: `template <int R> static void rows(out, q, stride, w, K)` gives out[R][32] = the int32 sums over
-// K of R rows, each `stride` bytes behind the other, with one tile. They are exact, so no order of additions shows.
+// K of R rows, each `stride` bytes behind the other, with one tile. They are exact, so no order of additions shows. R is at most
+// kMostRows, or 16 if that is more than 8.
 #pragma once
 #include "packed.h"
 #include "quantized_rows.h"
 
 namespace {
+
+constexpr int64_t kFewRows = 48;  // up to here a tile's way from memory is worth hiding behind the sums of 16 rows
 
 // Four bytes of a row, of which `count` are left.
 inline uint32_t word(const uint8_t* q, int64_t count) {
@@ -50,7 +53,10 @@ struct LinearInt8 {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t t = 0;
       for (int64_t left; (left = rows.count - t) > 0;) {
-        if (left >= Sums::kMostRows && (Sums::kMostRows <= 8 || left != 16)) {  // 16 are 8 and 8, not 12 and 4
+        if (Sums::kMostRows > 8 && left >= 16 && rows.count <= kFewRows) {
+          step<Sums::kMostRows <= 8 ? 1 : 16>(rows, m, bias, tile, t);
+          t += 16;
+        } else if (left >= Sums::kMostRows) {
           step<Sums::kMostRows>(rows, m, bias, tile, t);
           t += Sums::kMostRows;
         } else if (Sums::kMostRows > 8 && left >= 8) {
