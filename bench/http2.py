@@ -8,6 +8,7 @@ failed.
 
 import socket
 import struct
+import time
 from collections.abc import Sequence
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -19,6 +20,8 @@ END_STREAM, END_HEADERS, ACK = 1, 4, 1
 FRAME = struct.Struct(">HBBBI")  # length (16 bits and 8), type, flags, stream
 MESSAGE = struct.Struct(">BI")  # gRPC: compressed or not, length
 READ_BYTES = 1 << 18
+
+Pieces = list[tuple[float, bytes]]  # when each came, of `time.perf_counter()`
 
 
 class Connection:
@@ -42,6 +45,10 @@ class Connection:
 
     def call(self, path: str, requests: Sequence[bytes]) -> list[bytes]:
         """Make calls of one method at the same time; returns the body of each, once all have ended."""
+        return [b"".join(data for _, data in pieces) for pieces in self.pieces(path, requests)]
+
+    def pieces(self, path: str, requests: Sequence[bytes]) -> list[Pieces]:
+        """The same, each body as it came."""
         first = self._next_stream
         streams = range(first, first + 2 * len(requests), 2)
         self._next_stream = streams.stop
@@ -53,15 +60,16 @@ class Connection:
                 for stream, request in zip(streams, requests, strict=True)
             )
         )
-        pieces: dict[int, list[bytes]] = {stream: [] for stream in streams}
+        pieces: dict[int, Pieces] = {stream: [] for stream in streams}
         num_open = len(requests)
         while num_open:
             num_open -= self._receive(pieces)
-        return [b"".join(pieces[stream]) for stream in streams]
+        return [pieces[stream] for stream in streams]
 
-    def _receive(self, pieces: dict[int, list[bytes]]) -> int:
+    def _receive(self, pieces: dict[int, Pieces]) -> int:
         """Take what has come; waits for something. Returns how many streams have ended."""
         data = self._socket.recv(READ_BYTES)
+        when = time.perf_counter()
         if not data:
             raise ConnectionError("the server has hung up")
         data = self._rest + data
@@ -74,7 +82,7 @@ class Connection:
                 break
             at = stop
             if kind == DATA:
-                pieces[stream].append(data[start:stop])
+                pieces[stream].append((when, data[start:stop]))
             elif kind not in (HEADERS, RESET):
                 self._answer(kind, flags, data[start:stop])
                 continue
@@ -106,11 +114,24 @@ class Connection:
 
 def messages(body: bytes) -> list[bytes]:
     """The messages of a call's body."""
-    found, at = [], 0
-    while at < len(body):
-        _compressed, length = MESSAGE.unpack_from(body, at)
-        at += MESSAGE.size + length
-        found.append(body[at - length : at])
+    return [message for _, message in timed_messages([(0.0, body)])]
+
+
+def timed_messages(pieces: Pieces) -> Pieces:
+    """The messages of a call's body, and when the last byte of each came."""
+    found: Pieces = []
+    rest = b""
+    for when, data in pieces:
+        rest += data
+        at = 0
+        while len(rest) - at >= MESSAGE.size:
+            _compressed, length = MESSAGE.unpack_from(rest, at)
+            start = at + MESSAGE.size
+            if start + length > len(rest):
+                break
+            at = start + length
+            found.append((when, rest[start:at]))
+        rest = rest[at:]
     return found
 
 

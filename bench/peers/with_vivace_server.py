@@ -1,18 +1,20 @@
-"""Vivace over gRPC, each prompt a stream of its own.
+"""Vivace over gRPC, each prompt a stream of its own, from a client that costs next to nothing (`bench/http2.py`).
 
 usage: python -m vivace.bench.peers.with_vivace_server MODEL QUANTIZE CACHE_DIR THREADS
 """
 
-import asyncio
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 
-import uvloop
-
+from vivace.bench.http2 import Connection, timed_messages
 from vivace.bench.peers.speak import Event, Prompts, now, serve
-from vivace.serving.client.aio import AsyncClient
+from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 
+METHOD = f"/{pb.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
 STOP_S = 30
+TIMEOUT_S = 120.0  # for anything to come
 
 
 def main(model: str, quantize: str, cache_dir: str, threads: str) -> None:
@@ -29,10 +31,18 @@ def main(model: str, quantize: str, cache_dir: str, threads: str) -> None:
         try:
             assert server.stdout is not None
             target = server.stdout.readline().split()[-1]  # printed once the model is loaded
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            host, _, port = target.rpartition(":")
+            with closing(Connection(host, int(port), timeout_s=TIMEOUT_S)) as connection:
 
                 def run(prompts: Prompts, tokens: int) -> tuple[float, list[Event]]:
-                    return runner.run(_run(target, prompts, tokens))
+                    requests = [_request(ids, tokens) for ids in prompts]
+                    start = now()
+                    bodies = connection.pieces(METHOD, requests)
+                    return start, [
+                        (number, when, len(pb.GenerateResponse.FromString(message).token_ids))
+                        for number, pieces in enumerate(bodies)
+                        for when, message in timed_messages(pieces)
+                    ]
 
                 serve(run, version="vivace over gRPC", process=server.pid)
         finally:
@@ -40,21 +50,10 @@ def main(model: str, quantize: str, cache_dir: str, threads: str) -> None:
             server.wait(STOP_S)
 
 
-async def _run(target: str, prompts: Prompts, tokens: int) -> tuple[float, list[Event]]:
-    async with AsyncClient(target) as client:
-        start = now()
-        found = await asyncio.gather(
-            *(_stream(client, i, list(ids), tokens) for i, ids in enumerate(prompts))
-        )
-    return start, [event for events in found for event in events]
-
-
-async def _stream(client: AsyncClient, number: int, ids: list[int], tokens: int) -> list[Event]:
-    events = []
-    async with client.generate(ids, max_tokens=tokens, temperature=0, ignore_eos=True) as stream:
-        async for event in stream:
-            events.append((number, now(), len(event.token_ids)))
-    return events
+def _request(ids: Sequence[int], tokens: int) -> bytes:
+    sampling = pb.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    prompt = pb.TokenIds(ids=ids)
+    return pb.GenerateRequest(token_ids=prompt, sampling=sampling).SerializeToString()
 
 
 if __name__ == "__main__":
