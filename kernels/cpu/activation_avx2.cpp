@@ -1,3 +1,2 @@
-#define kLanes 8
 #define VIVACE_ISA(op) op##_avx2
 #include "activation.h"

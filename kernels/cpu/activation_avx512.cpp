@@ -1,3 +1,2 @@
-#define kLanes 16
 #define VIVACE_ISA(op) op##_avx512
 #include "activation.h"

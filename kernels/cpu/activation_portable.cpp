@@ -1,3 +1,2 @@
-#define kLanes 4
 #define VIVACE_ISA(op) op##_portable
 #include "activation.h"

@@ -1,4 +1,3 @@
-#define kLanes 8
 #include "quantize_rows.h"
 
 namespace cpu {

@@ -1,4 +1,3 @@
-#define kLanes 16
 #include "quantize_rows.h"
 
 namespace cpu {

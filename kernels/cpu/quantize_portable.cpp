@@ -1,4 +1,3 @@
-#define kLanes 4
 #include "quantize_rows.h"
 
 namespace cpu {

@@ -1,32 +1,25 @@
-// fp32 rows to u8, kLanes (which the including file defines) at a time. The same bytes however many these are: lo and hi do not
-// depend on the order, and every other step is one rounding of one element. Bound by reading x.
+// fp32 rows to u8, a vector at a time. The same bytes however wide these are: lo and hi do not depend on the order, and every
+// other step is one rounding of one element. Bound by reading x.
 #pragma once
 #include <cstring>
 
 #include "ops.h"
+#include "simd.h"
 
 namespace {
 
 struct Quantizer {
-  static constexpr int64_t W = kLanes;
-  typedef float Vector __attribute__((vector_size(4 * kLanes)));
-  typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  static constexpr int64_t W = kWidth;
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
-  static Vector load(const float* x, int64_t count) {
-    Vector v = {};  // zeros behind the end change neither lo nor hi
-    if (count >= W)
-      std::memcpy(&v, x, sizeof v);
-    else
-      std::memcpy(&v, x, size_t(count) * 4);
-    return v;
-  }
+  // Zeros behind the end, which change neither lo nor hi.
+  static Vec load(const float* x, int64_t count) { return count >= W ? ::load(x) : load_first(x, count); }
 
   static void row(uint8_t* q, float* params, const float* x, int64_t K) {
-    Vector lo = {}, hi = {};
+    Vec lo = {}, hi = {};
     Ints bad = {};
     for (int64_t k = 0; k < K; k += W) {
-      const Vector v = load(x + k, K - k);
+      const Vec v = load(x + k, K - k);
       lo = v < lo ? v : lo;
       hi = v > hi ? v : hi;
       bad |= v != v;
@@ -43,10 +36,10 @@ struct Quantizer {
     const float inverse = 1.0f / scale;
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, to even at the half
     const float zero = -least * inverse + kRound - kRound;
-    const Vector shift = Vector{} + kRound, factor = Vector{} + inverse;
+    const Vec shift = Vec{} + kRound, factor = Vec{} + inverse;
     const Ints offset = Ints{} + (int32_t(zero) - 0x4b400000);  // the bits of kRound
     for (int64_t k = 0; k < K; k += W) {
-      const Vector rounded = load(x + k, K - k) * factor + shift;
+      const Vec rounded = load(x + k, K - k) * factor + shift;
       Ints whole;
       std::memcpy(&whole, &rounded, sizeof whole);
       whole += offset;
