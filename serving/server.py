@@ -243,7 +243,7 @@ def grpc_server(config: ServerConfig) -> grpc.aio.Server:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
     )
-    boundary = Boundary(SERVICE, max_metadata_bytes=config.max_metadata_bytes)
+    boundary = Boundary(max_metadata_bytes=config.max_metadata_bytes)
     return grpc.aio.server(options=options, interceptors=(boundary,))
 
 

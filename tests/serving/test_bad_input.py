@@ -185,6 +185,25 @@ def test_metadata_that_is_no_text_harms_nobody(server):
         assert connection.status(stream)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/List",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_the_standard_services_refuse_what_is_no_protobuf_too(server, method):
+    with grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_stream(f"/{method}", request_serializer=bytes)
+        with pytest.raises(grpc.RpcError) as error:
+            list(call(iter([b"\x0a\xff\xff\xff"]), timeout=10))
+    assert error.value.code() is INVALID
+    assert error.value.details() == "the request is not valid protobuf"
+
+
 def test_unknown_fields_are_ignored(call):
     unknown = struct.pack("<BBI", 0xFD, 0x7F, 7)  # field 2047, fixed32
     assert call("GenerateUnary", generate().SerializeToString() + unknown)[0] is grpc.StatusCode.OK

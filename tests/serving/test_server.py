@@ -97,7 +97,7 @@ def test_what_may_be_tried_again_says_when_and_what_may_not_says_so(error, tries
             raise error
 
     async def run():
-        boundary = Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14)
+        boundary = Boundary(max_metadata_bytes=1 << 14)
         server, servicer = grpc.aio.server(interceptors=(boundary,)), Refusing()
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -239,9 +239,7 @@ def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
                 ended.set()
 
     async def run():
-        server = grpc.aio.server(
-            interceptors=(Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14),)
-        )
+        server = grpc.aio.server(interceptors=(Boundary(max_metadata_bytes=1 << 14),))
         pb_grpc.add_InferenceServicer_to_server(Endless(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -341,9 +341,7 @@ def bug():
             return pb.GetLoadsResponse(num_running=1)
 
     async def run():
-        server = grpc.aio.server(
-            interceptors=(Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14),)
-        )
+        server = grpc.aio.server(interceptors=(Boundary(max_metadata_bytes=1 << 14),))
         pb_grpc.add_InferenceServicer_to_server(Buggy(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
