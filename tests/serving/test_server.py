@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.serving.http2 import Connection
 from tests.serving.server_process import CHAT, MODEL, PROMPT, Server, serving, wait_until
 from vivace.engine.errors import EngineDied
 from vivace.serving.boundary import Boundary
@@ -181,6 +182,39 @@ def test_a_draining_server_says_so_until_its_last_request_has_ended():
             assert list(call)[-1].finish_reason == "length"
             watch.cancel()
         assert server.wait(10)[0] == 0
+
+
+def test_who_watches_health_and_does_not_read_holds_up_nobody():
+    health = "grpc.health.v1.Health"
+    with (
+        serving() as server,
+        Client(server.target) as client,
+        Connection(server.target, reads=False, window=0) as connection,
+    ):
+        connection.call("Watch", b"", service=health)
+        busy = client.generate(PROMPT, max_tokens=300, ignore_eos=True)
+        next(busy)
+        server.process.terminate()
+        wait_until(lambda: client.health() == "NOT_SERVING")
+        assert list(busy)[-1].finish_reason == "length"
+        assert server.wait(10)[0] == 0
+
+
+def test_health_is_known_of_the_service_and_of_no_other(server):
+    with grpc.insecure_channel(server.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        found = stub.List(health_pb2.HealthListRequest()).statuses
+        assert {name: one.status for name, one in found.items()} == {
+            "": 1,
+            "vivace.v1.Inference": 1,
+        }
+        other = health_pb2.HealthCheckRequest(service="another")
+        with pytest.raises(grpc.RpcError) as error:
+            stub.Check(other)
+        assert error.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(other)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
 
 
 def test_an_engine_that_refuses_its_settings_says_why():
