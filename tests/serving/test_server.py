@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import grpc
 import pytest
@@ -181,6 +182,19 @@ def test_a_draining_server_says_so_until_its_last_request_has_ended():
             assert server.process.poll() is None
             assert list(call)[-1].finish_reason == "length"
             watch.cancel()
+        assert server.wait(10)[0] == 0
+
+
+@pytest.mark.slow
+def test_texts_that_are_tokenized_when_the_drain_begins_are_answered():
+    with serving() as server, grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        stub.Tokenize(pb.TokenizeRequest(text="x"))
+        request = pb.TokenizeRequest(text="hello you " * 200_000)  # of two seconds, each
+        calls = [stub.Tokenize.future(request) for _ in range(3)]
+        time.sleep(0.5)
+        server.process.terminate()
+        assert {len(call.result().token_ids) for call in calls} == {800_000}
         assert server.wait(10)[0] == 0
 
 
