@@ -88,9 +88,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
                 self._outcome(index, item, running, places)
                 for index, item in enumerate(request.items)
             ]
+            num_left = len(outcomes)
             async with aclosing(merge(outcomes, max_parallel=self._max_parallel())) as responses:
                 async for response in responses:
-                    await running.write(context, response)
+                    num_left -= 1
+                    await running.write(context, response, is_last=not num_left)
 
     async def Embed(
         self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext

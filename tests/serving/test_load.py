@@ -172,19 +172,20 @@ def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
         wait_until(lambda: is_free(client))
 
 
-def finishes(connection, stream):
-    """Of each message that a stream got, whether it has `finish`."""
+def messages(connection, stream, kind):
+    """Those that a stream got."""
     data = (one for one in connection.events if isinstance(one, h2.events.DataReceived))
     body = b"".join(one.data for one in data if one.stream_id == stream)
     found = []
     while body:
         size = 5 + int.from_bytes(body[1:5], "big")
-        found.append(pb.GenerateResponse.FromString(body[5:size]).HasField("finish"))
+        found.append(kind.FromString(body[5:size]))
         body = body[size:]
     return found
 
 
-def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
+@pytest.mark.parametrize("rpc", ["Generate", "Batch"])
+def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error(rpc):
     """A request has one final event."""
     with (
         serving("--set", "server.stalled_reader_s=1") as server,
@@ -195,11 +196,20 @@ def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
             sampling=pb.SamplingParams(max_tokens=1, ignore_eos=True),
             response=pb.ResponseOptions(prompt_logprobs=20),
         )
-        stream = connection.call("Generate", request.SerializeToString())
-        wait_until(lambda: '"event": "request"' in "".join(server.errors), 30)
+        if rpc == "Batch":
+            request = pb.BatchRequest(items=[pb.BatchItem(generate=request)])
+        num_lines = 2 if rpc == "Batch" else 1  # one for the item, too
+        stream = connection.call(rpc, request.SerializeToString())
+        wait_until(lambda: "".join(server.errors).count('"event": "request"') == num_lines, 30)
         connection.open_window(stream)
         assert connection.status(stream) == (0, "")
-        assert finishes(connection, stream) == [True]
+        if rpc == "Batch":
+            [message] = messages(connection, stream, pb.BatchResponse)
+            [reply] = message.response.replies
+            assert reply.HasField("finish")
+        else:
+            [message] = messages(connection, stream, pb.GenerateResponse)
+            assert message.HasField("finish")
 
 
 def test_watchers_that_stall_leave_room_for_others():
