@@ -3,7 +3,10 @@
 import asyncio
 import threading
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from itertools import pairwise
+from statistics import median
 
 import grpc
 import h2.events
@@ -150,6 +153,46 @@ def test_a_reader_that_stalls_is_cut_and_others_do_not_notice():
         status, words = connection.status(stream)
         assert (status, "not read" in words) == (8, True)
         assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
+
+
+def waits(client):
+    """Seconds from message to message of a stream."""
+    stream = client.generate(PROMPT, max_tokens=150, ignore_eos=True)
+    times = [time.monotonic() for _ in stream]
+    return [after - before for before, after in pairwise(times)]
+
+
+def test_a_reader_that_stalls_does_not_slow_the_streams_of_others():
+    """They wait as long as beside one who reads; of three tries, for what else the machine has to do."""
+    request = pb.GenerateRequest(
+        text=PROMPT, sampling=LONG, response=pb.ResponseOptions(logprobs=20)
+    )
+    with serving("--set", "server.stalled_reader_s=10") as server, Client(server.target) as client:
+        for _ in range(3):
+            with ThreadPoolExecutor() as pool:
+                reader = client.generate(PROMPT, max_tokens=1900, ignore_eos=True, logprobs=20)
+                next(reader)
+                reading = pool.submit(list, reader)
+                usual = waits(client)
+                reader.close()
+                reading.result()
+            with Connection(server.target, reads=False) as connection:
+                connection.call("Generate", request.SerializeToString())
+                has_stalled(connection)
+                beside = waits(client)
+                assert client.loads().num_running == 1  # it has not been cut
+            wait_until(lambda: is_free(client))
+            if median(beside) < 1.5 * median(usual) and max(beside) < max(0.2, 3 * max(usual)):
+                return
+        raise AssertionError((median(usual), max(usual), median(beside), max(beside)))
+
+
+def has_stalled(connection):
+    """Take what comes until nothing does any more."""
+    connection.settimeout(0.5)
+    with suppress(TimeoutError):
+        while connection.receive() is not None:
+            pass
 
 
 def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
