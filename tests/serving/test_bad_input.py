@@ -17,6 +17,25 @@ FIXTURES = Path(__file__).parent / "fixtures"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LIMIT = 4 << 20  # bytes of a message
 NAN, INF = float("nan"), float("inf")
+HOSTILE = [  # parameter, value
+    *(("n", value) for value in (2**31 - 1, -1, 0, 65)),
+    *(("best_of", value) for value in (2**31 - 1, -1, 0, 65)),
+    *(("top_k", value) for value in (-1, -(2**63), 2**31)),
+    *(("temperature", value) for value in (NAN, INF, -INF, 5e-324, 1e-310, -0.5, 2.1)),
+    *(("top_p", value) for value in (NAN, 0.0, -1.0, 1.01, INF)),
+    *(("min_p", value) for value in (NAN, -0.1, 1.1)),
+    *(("presence_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
+    *(("frequency_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
+    *(("repetition_penalty", value) for value in (NAN, INF, 0.0, -1.0, 10.1)),
+    *(("max_tokens", value) for value in (0, -1, -(2**63))),
+    *(("min_tokens", value) for value in (-1, 2**63 - 1)),
+    ("logit_bias", {4096: 1.0}),
+    ("logit_bias", {5: NAN}),
+    ("logit_bias", {5: 101.0}),
+    ("allowed_token_ids", [-1]),
+    ("bad_token_ids", [2**40]),
+    ("stop_token_ids", [2**63 - 1]),
+]
 
 
 @pytest.fixture
@@ -45,31 +64,30 @@ def generate(**sampling):
     return pb.GenerateRequest(text="Hello", sampling=pb.SamplingParams(**sampling))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("n", value) for value in (2**31 - 1, -1, 0, 65)),
-        *(("best_of", value) for value in (2**31 - 1, -1, 0, 65)),
-        *(("top_k", value) for value in (-1, -(2**63), 2**31)),
-        *(("temperature", value) for value in (NAN, INF, -INF, 5e-324, 1e-310, -0.5, 2.1)),
-        *(("top_p", value) for value in (NAN, 0.0, -1.0, 1.01, INF)),
-        *(("min_p", value) for value in (NAN, -0.1, 1.1)),
-        *(("presence_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
-        *(("frequency_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
-        *(("repetition_penalty", value) for value in (NAN, INF, 0.0, -1.0, 10.1)),
-        *(("max_tokens", value) for value in (0, -1, -(2**63))),
-        *(("min_tokens", value) for value in (-1, 2**63 - 1)),
-        ("logit_bias", {4096: 1.0}),
-        ("logit_bias", {5: NAN}),
-        ("logit_bias", {5: 101.0}),
-        ("allowed_token_ids", [-1]),
-        ("bad_token_ids", [2**40]),
-        ("stop_token_ids", [2**63 - 1]),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), HOSTILE)
 def test_a_parameter_out_of_range_is_refused_by_name(call, field, value):
     code, details = call("GenerateUnary", generate(**{field: value}))
     assert (code, field in details) == (INVALID, True), details
+
+
+def test_hostile_parameters_are_refused_in_10_ms(server, call):
+    """By the server's own clock; the best of five, for what else the machine has to do."""
+    requests = [generate(**{field: value}) for field, value in HOSTILE]
+    requests.append(pb.GenerateRequest(text="x", response=pb.ResponseOptions(logprobs=10**9)))
+    for number, request in enumerate(requests):
+        for _ in range(5):
+            request.request_id = f"hostile-{number}"
+            assert call("GenerateUnary", request)[0] is INVALID
+
+    def times():
+        lines = [json.loads(line) for line in list(server.errors) if '"hostile-' in line]
+        return [
+            [line["total_ms"] for line in lines if line["id"] == f"hostile-{number}"]
+            for number in range(len(requests))
+        ]
+
+    wait_until(lambda: all(len(found) == 5 for found in times()))
+    assert max(map(min, times())) < 10
 
 
 def test_hostile_parameters_allocate_nothing(server, call):
