@@ -1,7 +1,9 @@
 """The API as a stranger meets it: every field, the standard services, the proto on its own."""
 
 import asyncio
+import fcntl
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -390,6 +392,35 @@ def test_a_server_whose_stderr_nobody_reads_serves():
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_server_whose_log_is_held_up_serves_on_and_says_what_was_lost():
+    """A pipe that is full: somebody has it open, and does not read."""
+    words = [sys.executable, "-m", "vivace", "serve", str(MODEL), "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 16 << 10)  # of 60 lines
+        target = process.stdout.readline().split()[-1]
+        with Client(target, timeout=20, max_retries=0) as client:
+            for number in range(100):
+                code, _ = refusal(client.generate("x", temperature=9, request_id=f"held-{number}"))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert client.health() == "SERVING"
+            lines = iter(process.stderr.readline, "")
+            read = [next(lines) for _ in range(5)]
+            assert "held-0" in "".join(read)
+            refusal(client.generate("x", temperature=9, request_id="read-again"))
+            read += itertools.takewhile(lambda line: "read-again" not in line, lines)
+            process.terminate()
+            assert process.wait(10) == 0
+        records = [json.loads(line) for line in read if line.startswith("{")]
+        [lost] = [one["lines"] for one in records if one["event"] == "lost"]
+        assert lost + sum(one["event"] == "request" for one in records) == 100
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def test_the_asyncio_client_streams_and_hangs_up(server):
