@@ -168,6 +168,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
                     adds = request.add_special_tokens or not request.HasField("add_special_tokens")
                     token_ids = await model.encode(request.text, add_special_tokens=adds)
                 case "chat":
+                    if request.HasField("add_special_tokens"):
+                        got = request.add_special_tokens
+                        raise InvalidRequest(
+                            f"add_special_tokens must not be set with chat, got {got}"
+                        )
                     token_ids = await model.encode_chat(request.chat)
                 case _:
                     raise InvalidRequest("input must be set: text or chat")

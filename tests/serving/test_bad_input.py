@@ -266,6 +266,14 @@ def test_an_unknown_enum_value_is_refused_by_name(call):
             "logprobs",
         ),
         ("Tokenize", pb.TokenizeRequest(), "input"),
+        (
+            "Tokenize",
+            pb.TokenizeRequest(
+                chat=pb.Conversation(messages=[pb.ChatMessage(role="user", content="a")]),
+                add_special_tokens=False,
+            ),
+            "add_special_tokens",
+        ),
         ("Detokenize", pb.DetokenizeRequest(), "token_ids"),
         ("Detokenize", pb.DetokenizeRequest(token_ids=[-1]), "token_ids"),
         ("Abort", pb.AbortRequest(), "request_id"),
