@@ -319,6 +319,33 @@ def test_the_drain_has_a_limit():
         assert server.wait(10)[0] == 1
 
 
+LONG_PROMPT = pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 1500))
+LONG_REQUEST = pb.GenerateRequest(
+    text=PROMPT, sampling=pb.SamplingParams(n=4, max_tokens=1900, ignore_eos=True)
+)
+WHOLE = {  # RPC that answers once all is done -> a request of many parts, of which none is over at once
+    "GenerateUnary": LONG_REQUEST,
+    "Batch": pb.BatchRequest(items=[pb.BatchItem(generate=LONG_REQUEST)] * 8),
+    "Embed": pb.EmbedRequest(inputs=[LONG_PROMPT] * 256, options=pb.RequestOptions(cache_salt="a")),
+    "Score": pb.ScoreRequest(
+        prompt=LONG_PROMPT, continuations=[pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 500))] * 256
+    ),
+}
+
+
+@pytest.mark.parametrize("rpc", WHOLE)
+def test_hanging_up_ends_all_parts_of_a_call(server, client, rpc):
+    wait_until(lambda: is_free(client))
+    with grpc.insecure_channel(server.target) as channel:
+        call = getattr(pb_grpc.InferenceStub(channel), rpc)
+        running = call(WHOLE[rpc]) if rpc == "Batch" else call.future(WHOLE[rpc])
+        wait_until(lambda: client.loads().num_running)
+        before = client.loads().num_requests_finished
+        running.cancel()
+        wait_until(lambda: is_free(client), 5)
+        assert client.loads().num_requests_finished - before < 64
+
+
 def test_aborts_reach_a_request_wherever_it_is(server, client):
     """In the queue of the engine, or all its replies."""
     calls = [
