@@ -1,6 +1,7 @@
 """What hostile, broken and old clients send, through the real port: refused by name, never UNKNOWN or INTERNAL."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -65,9 +66,15 @@ def generate(**sampling):
 
 
 @pytest.mark.parametrize(("field", "value"), HOSTILE)
-def test_a_parameter_out_of_range_is_refused_by_name(call, field, value):
+def test_a_parameter_out_of_range_is_refused_by_name_value_and_range(call, field, value):
     code, details = call("GenerateUnary", generate(**{field: value}))
     assert (code, field in details) == (INVALID, True), details
+    values = [one for pair in value.items() for one in pair] if isinstance(value, dict) else value
+    given = values if isinstance(values, list) else [values]
+    assert any(f"got {one!r}" in details for one in given), details
+    assert re.search(
+        r" in ([\[(]-?\d|-?\d+\.\.)| at (least|most) \d| at most max_tokens \(", details
+    )
 
 
 def test_hostile_parameters_are_refused_in_10_ms(server, call):
