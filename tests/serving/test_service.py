@@ -99,22 +99,6 @@ def test_a_field_that_is_not_served_ends_unimplemented_by_name(stub, kind, path,
     assert field.name in details
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        field
-        for field in pb.ChatMessage.DESCRIPTOR.fields
-        if field.name not in convert.SERVED["ChatMessage"]
-    ],
-    ids=lambda field: field.name,
-)
-def test_a_field_of_a_message_that_is_not_served_ends_unimplemented_by_name(stub, field):
-    message = pb.ChatMessage(role="user", content="x")
-    fill(message, field)
-    code, details = refusal(stub.Chat(pb.ChatRequest(messages=[message])))
-    assert (code, f"messages.{field.name}" in details) == (grpc.StatusCode.UNIMPLEMENTED, True)
-
-
 def test_unset_differs_from_zero(stub):
     request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=2))
     assert list(stub.Generate(request))[-1].finish.usage.completion_tokens <= 2
