@@ -8,6 +8,7 @@ again after a preemption, in another slot, gives the same rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ class Adjustments:
         self._ones = np.ones(max_running, np.float32)
         self._zeros = np.zeros(max_running, np.float32)
         self._no_starts = np.zeros(max_running + 1, np.int32)
+        self._biases: list[_Bias] = []  # of the rows of the last step that had any
+        self._joined = _NO_BIAS
 
     def enter(self, request: Request) -> None:
         """Take note of a request that starts to run, be it again, in its slot."""
@@ -108,16 +111,15 @@ class Adjustments:
     def rows(self, requests: Sequence[Request]) -> AdjustmentRows:
         """Of the rows that sample, in the order of `requests`."""
         num_rows = len(requests)
-        if self._num_adjusting == 0:
-            return self._nothing(num_rows)
-        found = [self._slots[request.slot] for request in requests]
+        found = [self._slots[request.slot] for request in requests] if self._num_adjusting else []
         if not any(found):
+            self._biases, self._joined = [], _NO_BIAS  # some megabytes, perhaps
             return self._nothing(num_rows)
         neutral = self._nothing(num_rows)
         repetition_R, frequency_R = neutral.repetition_R.copy(), neutral.frequency_R.copy()
         presence_R = neutral.presence_R.copy()
-        num_penalties, num_biases = np.zeros((2, num_rows), np.int32)
-        penalties, biases = [(_NO_IDS, _NO_IDS)], [_NO_BIAS]
+        num_penalties = np.zeros(num_rows, np.int32)
+        penalties, biases = [(_NO_IDS, _NO_IDS)], [_NO_BIAS] * num_rows
         for row, (request, adjustment) in enumerate(zip(requests, found, strict=True)):
             if adjustment is not None:
                 repetition_R[row] = request.sampling.repetition_penalty
@@ -125,8 +127,8 @@ class Adjustments:
                 presence_R[row] = request.sampling.presence_penalty
                 penalties.append(adjustment.penalties(request))
                 num_penalties[row] = len(penalties[-1][0])
-                biases.append(adjustment.bias(request))
-                num_biases[row] = len(biases[-1].ids)
+                biases[row] = adjustment.bias(request)
+        bias = self._join(biases)
         return AdjustmentRows(
             repetition_R=repetition_R,
             frequency_R=frequency_R,
@@ -134,10 +136,21 @@ class Adjustments:
             penalty_starts=_starts(num_penalties),
             penalty_ids=np.concatenate([ids for ids, _ in penalties]),
             penalty_counts=np.concatenate([counts for _, counts in penalties]),
-            bias_starts=_starts(num_biases),
-            bias_ids=np.concatenate([bias.ids for bias in biases]),
-            bias_values=np.concatenate([bias.values for bias in biases]),
+            bias_starts=_starts(np.array([len(one.ids) for one in biases], np.int32)),
+            bias_ids=bias.ids,
+            bias_values=bias.values,
         )
+
+    def _join(self, biases: list[_Bias]) -> _Bias:
+        """Those of all rows, made anew where one has changed: a few allowed tokens are a bias of all others, and the same
+        requests decode for many steps."""
+        if len(biases) != len(self._biases) or any(map(is_not, biases, self._biases)):
+            self._biases = biases
+            self._joined = _Bias(
+                np.concatenate([one.ids for one in biases]),
+                np.concatenate([one.values for one in biases]),
+            )
+        return self._joined
 
     def _nothing(self, num_rows: int) -> AdjustmentRows:
         zeros, starts = self._zeros[:num_rows], self._no_starts[: num_rows + 1]

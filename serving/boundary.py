@@ -6,7 +6,8 @@ The last becomes INTERNAL for that call alone, with a traceback in the log.
 
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -21,10 +22,9 @@ ENTRY_BYTES = 32
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps every handler of one service: the standard ones look after themselves. Details say nothing of the inside."""
+    """Wraps every handler, those of the standard services too. Details say nothing of the inside."""
 
-    def __init__(self, service: str, *, max_metadata_bytes: int) -> None:
-        self._prefix = f"/{service}/"
+    def __init__(self, *, max_metadata_bytes: int) -> None:
         self._max_metadata_bytes = max_metadata_bytes
 
     async def intercept_service(
@@ -32,9 +32,9 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """The handler, wrapped if it is the service's."""
+        """The handler, wrapped."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(self._prefix):
+        if handler is None:
             return handler
         size = metadata_bytes(handler_call_details.invocation_metadata)
         refusal = None
@@ -44,10 +44,14 @@ class Boundary(grpc.aio.ServerInterceptor):
             refusal = TooLarge(
                 f"metadata must be at most {self._max_metadata_bytes} bytes, got {size}"
             )
-        kind = "unary_stream" if handler.response_streaming else "unary_unary"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        takes, gives = (
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        behavior = getattr(handler, f"{takes}_{gives}")
+        make = getattr(grpc, f"{takes}_{gives}_rpc_method_handler")
         return make(
-            _guarded(getattr(handler, kind), refusal),
+            _guarded(_writing(behavior) if handler.request_streaming else behavior, refusal),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -70,6 +74,28 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
+def _writing(behavior: Callable[..., AsyncGenerator[Any]]) -> Callable[..., Awaitable[None]]:
+    """A handler that takes requests and yields responses, which is how reflection's is written, as one that writes them."""
+
+    async def readable(requests: AsyncIterable[Any]) -> AsyncGenerator[Any]:
+        async for request in requests:
+            yield _checked(request)
+
+    async def write(requests: AsyncIterable[Any], context: grpc.aio.ServicerContext) -> None:
+        async with aclosing(behavior(readable(requests), context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write
+
+
+def _checked(request: Any) -> Any:
+    """What `_tolerant` could read. Raises InvalidRequest."""
+    if request is None:
+        raise InvalidRequest("the request is not valid protobuf")
+    return request
+
+
 def _guarded(
     behavior: Callable[..., Awaitable[Any]], refusal: EngineError | None
 ) -> Callable[..., Awaitable[Any]]:
@@ -79,9 +105,7 @@ def _guarded(
         try:
             if refusal is not None:
                 raise refusal
-            if request is None:
-                raise InvalidRequest("the request is not valid protobuf")
-            return await behavior(request, context)
+            return await behavior(_checked(request), context)
         except grpc.aio.AbortError:
             raise
         except EngineError as error:

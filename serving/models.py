@@ -72,8 +72,13 @@ class ServedModel:
         return await self.encode_prompt(continuation, name)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """What each token shows alone."""
-        return await asyncio.to_thread(lambda: list(map(self.tokenizer.token_text, token_ids)))
+        """What each token shows alone. Each is decoded once: a long text would keep a thread, and the GIL, for seconds."""
+
+        def texts() -> list[str]:
+            of_token = {one: self.tokenizer.token_text(one) for one in set(token_ids)}
+            return [of_token[one] for one in token_ids]
+
+        return await asyncio.to_thread(texts)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids."""

@@ -1,13 +1,17 @@
 """One JSON line on stderr for each request that ends. Never its text."""
 
 import json
+import select
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from io import UnsupportedOperation
 from typing import TextIO
 
 from vivace.engine.completion import TextEvent
+
+PIECE_CHARS = select.PIPE_BUF // 4  # of at most 4 bytes: what a pipe that has room takes whole
 
 
 @dataclass(slots=True)
@@ -52,17 +56,40 @@ SHOWN = tuple(one.name for one in fields(LogEntry) if one.name != "started")
 
 
 class RequestLog:
-    """Writes entries."""
+    """Writes entries. Lines that are lost are counted, and told of once somebody reads again."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
+        self._num_lost = 0
 
     def write(self, entry: LogEntry) -> None:
         """One line."""
-        say(entry.line(), self._out)
+        if self._num_lost:
+            lost = {"time": round(time.time(), 3), "event": "lost", "lines": self._num_lost}
+            if say(json.dumps(lost), self._out):
+                self._num_lost = 0
+        self._num_lost += not say(entry.line(), self._out)
 
 
-def say(text: str, out: TextIO) -> None:
-    """Write to a log. Whoever reads it may have gone: no request shall end for that."""
+def say(text: str, out: TextIO) -> bool:
+    """Write to a log; whether it took all. Whoever reads it may have gone or stopped: no request shall end or wait for that."""
+    data = f"{text}\n"
     with suppress(OSError, ValueError):  # a broken pipe, a full disk; a file that is closed
-        print(text, file=out, flush=True)
+        for start in range(0, len(data), PIECE_CHARS):
+            if not _has_room(out):
+                return False
+            out.write(data[start : start + PIECE_CHARS])
+            out.flush()
+        return True
+    return False
+
+
+def _has_room(out: TextIO) -> bool:
+    """Whether a piece can be written without waiting for somebody to read; of what is no file of the system's, always."""
+    try:
+        number = out.fileno()
+    except UnsupportedOperation:
+        return True
+    looked = select.poll()  # unlike `select.select`, of files with any number
+    looked.register(number, select.POLLOUT)
+    return bool(looked.poll(0))

@@ -18,6 +18,7 @@ from vivace.serving.status import AlreadyExists, NotReady, SlowReader, status_of
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # goes into log lines: no line ends, no escapes
 DEADLINE_SLACK_S = 0.05  # a client hangs up at its deadline, by its own clock
 LOOKS_A_LIMIT = 10  # how often readers are looked at in the time that one may stall
+MAX_ASIDE = 1024  # calls that run no model, at a time; each may hold a message of the largest size
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +59,7 @@ class RunningRequests:
         self._log = log
         self._max_requests = max_requests
         self._requests: dict[str, Running] = {}
+        self._num_aside = 0  # of them
         # Not in `Running`: a task keeps the error that it ended with, that its frames, and they their `Running`. Such a ring
         # waits for the garbage collector, and a burst of refusals would make thousands.
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -119,7 +121,8 @@ class RunningRequests:
                 raise InvalidRequest(
                     f"request_id must be 1..128 of [A-Za-z0-9._:-], got {name[:140]!r}"
                 )
-            with self._registered(running, is_part=is_part):
+            self._admit(name, is_part=is_part)
+            with self._registered(running):
                 yield running
             entry.code = "OK"
         except asyncio.CancelledError:
@@ -137,13 +140,37 @@ class RunningRequests:
             self._log.write(entry)
 
     @contextmanager
-    def _registered(self, running: Running, *, is_part: bool) -> Iterator[None]:
+    def aside(self) -> Iterator[None]:
+        """A call that runs no model, in the current task: waited for and ended as requests are, with a bound of its own, and
+        without an id or a log line. It may begin while the server drains. Raises Overloaded before it begins.
+        """
+        if self._num_aside >= MAX_ASIDE:
+            raise Overloaded(f"{self._num_aside} calls that run no model are under way already")
+        name = f"#{secrets.token_hex(16)}"  # no caller's id has a `#`
+        running = Running(name, None, LogEntry(id=name, rpc=""))
+        self._num_aside += 1
+        try:
+            with self._registered(running):
+                yield
+        except asyncio.CancelledError:
+            if running.end is None:
+                raise
+            raise running.end from None
+        finally:
+            self._num_aside -= 1
+
+    def _admit(self, request_id: str, *, is_part: bool) -> None:
+        """Raises what a request is refused with."""
         if self._draining.is_set() and not is_part:
             raise NotReady("the server is draining")
-        if running.id in self._requests:
-            raise AlreadyExists(f"request_id {running.id!r} is in use")
-        if len(self._requests) >= (self._max_requests if is_part else self._max_requests // 2):
-            raise Overloaded(f"{len(self._requests)} requests are already running or waiting")
+        if request_id in self._requests:
+            raise AlreadyExists(f"request_id {request_id!r} is in use")
+        count = len(self._requests) - self._num_aside
+        if count >= (self._max_requests if is_part else self._max_requests // 2):
+            raise Overloaded(f"{count} requests are already running or waiting")
+
+    @contextmanager
+    def _registered(self, running: Running) -> Iterator[None]:
         task = asyncio.current_task()
         assert task is not None
         self._requests[running.id], self._tasks[running.id] = running, task

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from vivace.engine import collector
 from vivace.engine.chat import ChatEncoder
@@ -27,6 +26,7 @@ from vivace.engine.runtimes.native import Child, NativeEngine
 from vivace.engine.tokenizer import Tokenizer
 from vivace.serving import reflection
 from vivace.serving.boundary import Boundary
+from vivace.serving.health import Health
 from vivace.serving.models import Models, ServedModel
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 from vivace.serving.protos.vivace.v1 import inference_pb2_grpc as pb_grpc
@@ -102,7 +102,7 @@ class Server:
         limits = (engine.scheduler for engine, _ in launches.values())
         most = 2 * sum(limit.max_running + limit.max_waiting for limit in limits)
         self._running = RunningRequests(RequestLog(console.log), max_requests=most)
-        self._health = HealthServicer()
+        self._health = Health((SERVICE,))
         self._stop = asyncio.Event()  # the first signal: drain
         self._abort = asyncio.Event()  # the second: end now
 
@@ -116,7 +116,7 @@ class Server:
             try:
                 return await self._serve(port)
             finally:
-                await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+                self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
                 self._running.abort_all(NotReady("the server has stopped"))
                 await server.stop(END_STREAMS_S)
         finally:
@@ -128,7 +128,6 @@ class Server:
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.add_to(server, (SERVICE, HEALTH))
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             port = server.add_insecure_port(self._target)
         except RuntimeError as error:  # taken since `check_address` looked
@@ -150,11 +149,11 @@ class Server:
             elif not died.done():
                 return 0  # told to stop while loading
             if not died.done():
-                await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                self._health.set(health_pb2.HealthCheckResponse.SERVING)
                 self._console.on_ready(port)
                 await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             self._running.drain()
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
             if died.done():
                 raise EngineDied(died.result())
             return await self._drain(died)
@@ -216,10 +215,6 @@ class Server:
         finally:
             await _cancel(idle, abort)
 
-    async def _set_health(self, status: int) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
-
     def _say(self, text: str) -> None:
         say(f"vivace: {text}", self._console.log)
 
@@ -243,7 +238,7 @@ def grpc_server(config: ServerConfig) -> grpc.aio.Server:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
     )
-    boundary = Boundary(SERVICE, max_metadata_bytes=config.max_metadata_bytes)
+    boundary = Boundary(max_metadata_bytes=config.max_metadata_bytes)
     return grpc.aio.server(options=options, interceptors=(boundary,))
 
 

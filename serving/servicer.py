@@ -88,9 +88,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
                 self._outcome(index, item, running, places)
                 for index, item in enumerate(request.items)
             ]
+            num_left = len(outcomes)
             async with aclosing(merge(outcomes, max_parallel=self._max_parallel())) as responses:
                 async for response in responses:
-                    await running.write(context, response)
+                    num_left -= 1
+                    await running.write(context, response, is_last=not num_left)
 
     async def Embed(
         self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
@@ -159,31 +161,37 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         """Token ids of a text or conversation."""
-        model = self._accept(request)
-        match request.WhichOneof("input"):
-            case "text":
-                adds = request.add_special_tokens or not request.HasField("add_special_tokens")
-                token_ids = await model.encode(request.text, add_special_tokens=adds)
-            case "chat":
-                token_ids = await model.encode_chat(request.chat)
-            case _:
-                raise InvalidRequest("input must be set: text or chat")
-        tokens = await model.token_texts(token_ids) if request.return_tokens else []
-        return pb.TokenizeResponse(
-            token_ids=token_ids, tokens=tokens, max_context_tokens=model.info.max_context_tokens
-        )
+        with self._running.aside():
+            model = self._accept(request)
+            match request.WhichOneof("input"):
+                case "text":
+                    adds = request.add_special_tokens or not request.HasField("add_special_tokens")
+                    token_ids = await model.encode(request.text, add_special_tokens=adds)
+                case "chat":
+                    if request.HasField("add_special_tokens"):
+                        got = request.add_special_tokens
+                        raise InvalidRequest(
+                            f"add_special_tokens must not be set with chat, got {got}"
+                        )
+                    token_ids = await model.encode_chat(request.chat)
+                case _:
+                    raise InvalidRequest("input must be set: text or chat")
+            tokens = await model.token_texts(token_ids) if request.return_tokens else []
+            most = model.info.max_context_tokens
+            return pb.TokenizeResponse(token_ids=token_ids, tokens=tokens, max_context_tokens=most)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        model = self._models.find(optional(request, "model"))
-        token_ids = list(request.token_ids)
-        check_count("token_ids", len(token_ids), MAX_DETOKENIZED)
-        check_token_ids("token_ids", token_ids, model.limits)
-        skips = request.skip_special_tokens or not request.HasField("skip_special_tokens")
-        text = await model.decode(token_ids, skip_special_tokens=skips)
-        return pb.DetokenizeResponse(text=text)
+        with self._running.aside():
+            model = self._models.find(optional(request, "model"))
+            token_ids = list(request.token_ids)
+            check_count("token_ids", len(token_ids), MAX_DETOKENIZED)
+            check_token_ids("token_ids", token_ids, model.limits)
+            skips = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+            text = await model.decode(token_ids, skip_special_tokens=skips)
+            return pb.DetokenizeResponse(text=text)
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -217,8 +225,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetLoadsResponse:
         """How busy it is."""
-        model = self._models.find(optional(request, "model"))
-        return convert.loads(await model.engine.loads())
+        with self._running.aside():
+            model = self._models.find(optional(request, "model"))
+            return convert.loads(await model.engine.loads())
 
     async def WatchLoads(
         self, request: pb.WatchLoadsRequest, context: grpc.aio.ServicerContext

@@ -8,12 +8,14 @@ from functools import partial
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 
 
 class Connection:
-    """One connection. `reads` False: it takes what comes, and never gives the server more room."""
+    """One connection. `reads` False: it takes what comes, and never gives the server more room. `window`: the bytes that
+    each stream has room for at first, if not as HTTP/2 has it."""
 
-    def __init__(self, target, *, reads=True):
+    def __init__(self, target, *, reads=True, window=None):
         host, port = target.rsplit(":", 1)
         self._socket = socket.create_connection((host, int(port)), timeout=20)
         config = h2.config.H2Configuration(
@@ -27,6 +29,11 @@ class Connection:
         self._target = target
         self.events = []
         self.flush()
+        if window is not None:
+            self._h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
+            self.flush()
+            while not any(getattr(one, "changed_settings", None) for one in self._acknowledged()):
+                self.receive()
 
     def __enter__(self):
         return self
@@ -34,22 +41,25 @@ class Connection:
     def __exit__(self, *error):
         self._socket.close()
 
+    def _acknowledged(self):
+        return [one for one in self.events if isinstance(one, h2.events.SettingsAcknowledged)]
+
     def flush(self):
         self._socket.sendall(self._h2.data_to_send())
 
-    def call(self, method, message, *, headers=(), compressed=False):
-        """Begin a call of `vivace.v1.Inference`; returns its stream."""
+    def call(self, method, message, *, headers=(), service="vivace.v1.Inference"):
+        """Begin a call; returns its stream."""
         stream = self._h2.get_next_available_stream_id()
         fixed = [
             (b":method", b"POST"),
             (b":scheme", b"http"),
-            (b":path", f"/vivace.v1.Inference/{method}".encode()),
+            (b":path", f"/{service}/{method}".encode()),
             (b":authority", self._target.encode()),
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
         ]
         self._h2.send_headers(stream, [*fixed, *headers])
-        data = struct.pack(">BI", compressed, len(message)) + message
+        data = struct.pack(">BI", 0, len(message)) + message
         while data:
             room = min(self._h2.local_flow_control_window(stream), self._h2.max_outbound_frame_size)
             if not room:
@@ -82,10 +92,6 @@ class Connection:
 
     def ping(self):
         self._h2.ping(b"vivace!!")
-        self.flush()
-
-    def reset(self, stream):
-        self._h2.reset_stream(stream, 8)
         self.flush()
 
     def receive(self):

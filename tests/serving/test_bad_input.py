@@ -1,6 +1,7 @@
 """What hostile, broken and old clients send, through the real port: refused by name, never UNKNOWN or INTERNAL."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -17,6 +18,25 @@ FIXTURES = Path(__file__).parent / "fixtures"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LIMIT = 4 << 20  # bytes of a message
 NAN, INF = float("nan"), float("inf")
+HOSTILE = [  # parameter, value
+    *(("n", value) for value in (2**31 - 1, -1, 0, 65)),
+    *(("best_of", value) for value in (2**31 - 1, -1, 0, 65)),
+    *(("top_k", value) for value in (-1, -(2**63), 2**31)),
+    *(("temperature", value) for value in (NAN, INF, -INF, 5e-324, 1e-310, -0.5, 2.1)),
+    *(("top_p", value) for value in (NAN, 0.0, -1.0, 1.01, INF)),
+    *(("min_p", value) for value in (NAN, -0.1, 1.1)),
+    *(("presence_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
+    *(("frequency_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
+    *(("repetition_penalty", value) for value in (NAN, INF, 0.0, -1.0, 10.1)),
+    *(("max_tokens", value) for value in (0, -1, -(2**63))),
+    *(("min_tokens", value) for value in (-1, 2**63 - 1)),
+    ("logit_bias", {4096: 1.0}),
+    ("logit_bias", {5: NAN}),
+    ("logit_bias", {5: 101.0}),
+    ("allowed_token_ids", [-1]),
+    ("bad_token_ids", [2**40]),
+    ("stop_token_ids", [2**63 - 1]),
+]
 
 
 @pytest.fixture
@@ -45,31 +65,36 @@ def generate(**sampling):
     return pb.GenerateRequest(text="Hello", sampling=pb.SamplingParams(**sampling))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("n", value) for value in (2**31 - 1, -1, 0, 65)),
-        *(("best_of", value) for value in (2**31 - 1, -1, 0, 65)),
-        *(("top_k", value) for value in (-1, -(2**63), 2**31)),
-        *(("temperature", value) for value in (NAN, INF, -INF, 5e-324, 1e-310, -0.5, 2.1)),
-        *(("top_p", value) for value in (NAN, 0.0, -1.0, 1.01, INF)),
-        *(("min_p", value) for value in (NAN, -0.1, 1.1)),
-        *(("presence_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
-        *(("frequency_penalty", value) for value in (NAN, INF, -2.1, 2.1)),
-        *(("repetition_penalty", value) for value in (NAN, INF, 0.0, -1.0, 10.1)),
-        *(("max_tokens", value) for value in (0, -1, -(2**63))),
-        *(("min_tokens", value) for value in (-1, 2**63 - 1)),
-        ("logit_bias", {4096: 1.0}),
-        ("logit_bias", {5: NAN}),
-        ("logit_bias", {5: 101.0}),
-        ("allowed_token_ids", [-1]),
-        ("bad_token_ids", [2**40]),
-        ("stop_token_ids", [2**63 - 1]),
-    ],
-)
-def test_a_parameter_out_of_range_is_refused_by_name(call, field, value):
+@pytest.mark.parametrize(("field", "value"), HOSTILE)
+def test_a_parameter_out_of_range_is_refused_by_name_value_and_range(call, field, value):
     code, details = call("GenerateUnary", generate(**{field: value}))
     assert (code, field in details) == (INVALID, True), details
+    values = [one for pair in value.items() for one in pair] if isinstance(value, dict) else value
+    given = values if isinstance(values, list) else [values]
+    assert any(f"got {one!r}" in details for one in given), details
+    assert re.search(
+        r" in ([\[(]-?\d|-?\d+\.\.)| at (least|most) \d| at most max_tokens \(", details
+    )
+
+
+def test_hostile_parameters_are_refused_in_10_ms(server, call):
+    """By the server's own clock; the best of five, for what else the machine has to do."""
+    requests = [generate(**{field: value}) for field, value in HOSTILE]
+    requests.append(pb.GenerateRequest(text="x", response=pb.ResponseOptions(logprobs=10**9)))
+    for number, request in enumerate(requests):
+        for _ in range(5):
+            request.request_id = f"hostile-{number}"
+            assert call("GenerateUnary", request)[0] is INVALID
+
+    def times():
+        lines = [json.loads(line) for line in list(server.errors) if '"hostile-' in line]
+        return [
+            [line["total_ms"] for line in lines if line["id"] == f"hostile-{number}"]
+            for number in range(len(requests))
+        ]
+
+    wait_until(lambda: all(len(found) == 5 for found in times()))
+    assert max(map(min, times())) < 10
 
 
 def test_hostile_parameters_allocate_nothing(server, call):
@@ -185,6 +210,25 @@ def test_metadata_that_is_no_text_harms_nobody(server):
         assert connection.status(stream)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/List",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_the_standard_services_refuse_what_is_no_protobuf_too(server, method):
+    with grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_stream(f"/{method}", request_serializer=bytes)
+        with pytest.raises(grpc.RpcError) as error:
+            list(call(iter([b"\x0a\xff\xff\xff"]), timeout=10))
+    assert error.value.code() is INVALID
+    assert error.value.details() == "the request is not valid protobuf"
+
+
 def test_unknown_fields_are_ignored(call):
     unknown = struct.pack("<BBI", 0xFD, 0x7F, 7)  # field 2047, fixed32
     assert call("GenerateUnary", generate().SerializeToString() + unknown)[0] is grpc.StatusCode.OK
@@ -229,6 +273,14 @@ def test_an_unknown_enum_value_is_refused_by_name(call):
             "logprobs",
         ),
         ("Tokenize", pb.TokenizeRequest(), "input"),
+        (
+            "Tokenize",
+            pb.TokenizeRequest(
+                chat=pb.Conversation(messages=[pb.ChatMessage(role="user", content="a")]),
+                add_special_tokens=False,
+            ),
+            "add_special_tokens",
+        ),
         ("Detokenize", pb.DetokenizeRequest(), "token_ids"),
         ("Detokenize", pb.DetokenizeRequest(token_ids=[-1]), "token_ids"),
         ("Abort", pb.AbortRequest(), "request_id"),
@@ -261,10 +313,11 @@ def test_requests_of_the_first_contract_are_served(call, name):
     assert call(name.capitalize(), data)[0] is grpc.StatusCode.OK
 
 
-def test_the_first_contract_still_holds():
-    """Every message, field and RPC it had is there, with its number, type and label."""
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_an_earlier_contract_still_holds(name):
+    """Every message, field and RPC it had is there, with its number, type and label. The second has all RPCs."""
     files = descriptor_pb2.FileDescriptorSet.FromString(
-        (FIXTURES / "inference_first.binpb").read_bytes()
+        (FIXTURES / f"inference_{name}.binpb").read_bytes()
     )
     [old] = files.file
     new = descriptor_pb2.FileDescriptorProto()

@@ -249,9 +249,10 @@ def test_a_second_sigterm_aborts():
         server.process.terminate()
         wait_until(lambda: client.health() != "SERVING")
         server.process.terminate()
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as error:
             list(call)
-        server.wait(5)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.wait(5)[0] == 1
 
 
 def refused(*arguments, model=MODEL):

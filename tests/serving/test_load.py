@@ -3,7 +3,10 @@
 import asyncio
 import threading
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from itertools import pairwise
+from statistics import median
 
 import grpc
 import h2.events
@@ -152,6 +155,46 @@ def test_a_reader_that_stalls_is_cut_and_others_do_not_notice():
         assert list(client.chat(CHAT, temperature=0))[-1].finish_reason == "stop"
 
 
+def waits(client):
+    """Seconds from message to message of a stream."""
+    stream = client.generate(PROMPT, max_tokens=150, ignore_eos=True)
+    times = [time.monotonic() for _ in stream]
+    return [after - before for before, after in pairwise(times)]
+
+
+def test_a_reader_that_stalls_does_not_slow_the_streams_of_others():
+    """They wait as long as beside one who reads; of three tries, for what else the machine has to do."""
+    request = pb.GenerateRequest(
+        text=PROMPT, sampling=LONG, response=pb.ResponseOptions(logprobs=20)
+    )
+    with serving("--set", "server.stalled_reader_s=10") as server, Client(server.target) as client:
+        for _ in range(3):
+            with ThreadPoolExecutor() as pool:
+                reader = client.generate(PROMPT, max_tokens=1900, ignore_eos=True, logprobs=20)
+                next(reader)
+                reading = pool.submit(list, reader)
+                usual = waits(client)
+                reader.close()
+                reading.result()
+            with Connection(server.target, reads=False) as connection:
+                connection.call("Generate", request.SerializeToString())
+                has_stalled(connection)
+                beside = waits(client)
+                assert client.loads().num_running == 1  # it has not been cut
+            wait_until(lambda: is_free(client))
+            if median(beside) < 1.5 * median(usual) and max(beside) < max(0.2, 3 * max(usual)):
+                return
+        raise AssertionError((median(usual), max(usual), median(beside), max(beside)))
+
+
+def has_stalled(connection):
+    """Take what comes until nothing does any more."""
+    connection.settimeout(0.5)
+    with suppress(TimeoutError):
+        while connection.receive() is not None:
+            pass
+
+
 def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
     """Of which more is on the way than a window holds."""
     with (
@@ -172,19 +215,20 @@ def test_a_reader_that_takes_nothing_of_the_first_message_is_told_why():
         wait_until(lambda: is_free(client))
 
 
-def finishes(connection, stream):
-    """Of each message that a stream got, whether it has `finish`."""
+def messages(connection, stream, kind):
+    """Those that a stream got."""
     data = (one for one in connection.events if isinstance(one, h2.events.DataReceived))
     body = b"".join(one.data for one in data if one.stream_id == stream)
     found = []
     while body:
         size = 5 + int.from_bytes(body[1:5], "big")
-        found.append(pb.GenerateResponse.FromString(body[5:size]).HasField("finish"))
+        found.append(kind.FromString(body[5:size]))
         body = body[size:]
     return found
 
 
-def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
+@pytest.mark.parametrize("rpc", ["Generate", "Batch"])
+def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error(rpc):
     """A request has one final event."""
     with (
         serving("--set", "server.stalled_reader_s=1") as server,
@@ -195,11 +239,20 @@ def test_a_reader_that_stalls_on_the_last_message_gets_it_and_no_error():
             sampling=pb.SamplingParams(max_tokens=1, ignore_eos=True),
             response=pb.ResponseOptions(prompt_logprobs=20),
         )
-        stream = connection.call("Generate", request.SerializeToString())
-        wait_until(lambda: '"event": "request"' in "".join(server.errors), 30)
+        if rpc == "Batch":
+            request = pb.BatchRequest(items=[pb.BatchItem(generate=request)])
+        num_lines = 2 if rpc == "Batch" else 1  # one for the item, too
+        stream = connection.call(rpc, request.SerializeToString())
+        wait_until(lambda: "".join(server.errors).count('"event": "request"') == num_lines, 30)
         connection.open_window(stream)
         assert connection.status(stream) == (0, "")
-        assert finishes(connection, stream) == [True]
+        if rpc == "Batch":
+            [message] = messages(connection, stream, pb.BatchResponse)
+            [reply] = message.response.replies
+            assert reply.HasField("finish")
+        else:
+            [message] = messages(connection, stream, pb.GenerateResponse)
+            assert message.HasField("finish")
 
 
 def test_watchers_that_stall_leave_room_for_others():
@@ -265,6 +318,33 @@ def test_the_drain_has_a_limit():
             list(call)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert server.wait(10)[0] == 1
+
+
+LONG_PROMPT = pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 1500))
+LONG_REQUEST = pb.GenerateRequest(
+    text=PROMPT, sampling=pb.SamplingParams(n=4, max_tokens=1900, ignore_eos=True)
+)
+WHOLE = {  # RPC that answers once all is done -> a request of many parts, of which none is over at once
+    "GenerateUnary": LONG_REQUEST,
+    "Batch": pb.BatchRequest(items=[pb.BatchItem(generate=LONG_REQUEST)] * 8),
+    "Embed": pb.EmbedRequest(inputs=[LONG_PROMPT] * 256, options=pb.RequestOptions(cache_salt="a")),
+    "Score": pb.ScoreRequest(
+        prompt=LONG_PROMPT, continuations=[pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 500))] * 256
+    ),
+}
+
+
+@pytest.mark.parametrize("rpc", WHOLE)
+def test_hanging_up_ends_all_parts_of_a_call(server, client, rpc):
+    wait_until(lambda: is_free(client))
+    with grpc.insecure_channel(server.target) as channel:
+        call = getattr(pb_grpc.InferenceStub(channel), rpc)
+        running = call(WHOLE[rpc]) if rpc == "Batch" else call.future(WHOLE[rpc])
+        wait_until(lambda: client.loads().num_running)
+        before = client.loads().num_requests_finished
+        running.cancel()
+        wait_until(lambda: is_free(client), 5)
+        assert client.loads().num_requests_finished - before < 64
 
 
 def test_aborts_reach_a_request_wherever_it_is(server, client):

@@ -64,6 +64,56 @@ def test_half_of_the_room_is_left_to_parts_of_requests_that_run():
     assert asyncio.run(fill())
 
 
+def test_calls_that_run_no_model_have_a_bound_of_their_own(monkeypatch):
+    monkeypatch.setattr("vivace.serving.running.MAX_ASIDE", 2)
+    running = requests(max_requests=2)
+
+    async def fill():
+        running.drain()
+        with (
+            running.aside(),
+            running.aside(),
+            pytest.raises(Overloaded, match="2 calls"),
+            running.aside(),
+        ):
+            pass
+        with running.aside():
+            return True
+
+    assert asyncio.run(fill())
+
+    async def beside_requests():
+        others = requests(max_requests=2)
+        with others.aside(), others.run("Generate", None, None):
+            with pytest.raises(Overloaded, match="1 requests"), others.run("Generate", None, None):
+                pass
+            return True
+
+    assert asyncio.run(beside_requests())
+
+
+def test_a_call_that_runs_no_model_is_waited_for_and_ended_as_requests_are():
+    log = io.StringIO()
+    running = RunningRequests(RequestLog(log), max_requests=8)
+
+    async def wait():
+        with running.aside():
+            await asyncio.sleep(60)
+
+    async def end():
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(running.wait_idle(), 0.01)
+        running.abort_all(NotReady("the server has stopped"))
+        with pytest.raises(NotReady):
+            await task
+        await running.wait_idle()
+        return log.getvalue()
+
+    assert asyncio.run(end()) == ""
+
+
 @pytest.fixture(params=["broken", "closed"])
 def log_nobody_reads(request):
     reads, writes = os.pipe()

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.serving.http2 import Connection
 from tests.serving.server_process import CHAT, MODEL, PROMPT, Server, serving, wait_until
 from vivace.engine.errors import EngineDied
 from vivace.serving.boundary import Boundary
@@ -97,7 +99,7 @@ def test_what_may_be_tried_again_says_when_and_what_may_not_says_so(error, tries
             raise error
 
     async def run():
-        boundary = Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14)
+        boundary = Boundary(max_metadata_bytes=1 << 14)
         server, servicer = grpc.aio.server(interceptors=(boundary,)), Refusing()
         pb_grpc.add_InferenceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -183,6 +185,52 @@ def test_a_draining_server_says_so_until_its_last_request_has_ended():
         assert server.wait(10)[0] == 0
 
 
+@pytest.mark.slow
+def test_texts_that_are_tokenized_when_the_drain_begins_are_answered():
+    with serving() as server, grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        stub.Tokenize(pb.TokenizeRequest(text="x"))
+        request = pb.TokenizeRequest(text="hello you " * 200_000)  # of two seconds, each
+        calls = [stub.Tokenize.future(request) for _ in range(3)]
+        time.sleep(0.5)
+        server.process.terminate()
+        assert {len(call.result().token_ids) for call in calls} == {800_000}
+        assert server.wait(10)[0] == 0
+
+
+def test_who_watches_health_and_does_not_read_holds_up_nobody():
+    health = "grpc.health.v1.Health"
+    with (
+        serving() as server,
+        Client(server.target) as client,
+        Connection(server.target, reads=False, window=0) as connection,
+    ):
+        connection.call("Watch", b"", service=health)
+        busy = client.generate(PROMPT, max_tokens=300, ignore_eos=True)
+        next(busy)
+        server.process.terminate()
+        wait_until(lambda: client.health() == "NOT_SERVING")
+        assert list(busy)[-1].finish_reason == "length"
+        assert server.wait(10)[0] == 0
+
+
+def test_health_is_known_of_the_service_and_of_no_other(server):
+    with grpc.insecure_channel(server.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        found = stub.List(health_pb2.HealthListRequest()).statuses
+        assert {name: one.status for name, one in found.items()} == {
+            "": 1,
+            "vivace.v1.Inference": 1,
+        }
+        other = health_pb2.HealthCheckRequest(service="another")
+        with pytest.raises(grpc.RpcError) as error:
+            stub.Check(other)
+        assert error.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(other)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+
+
 def test_an_engine_that_refuses_its_settings_says_why():
     server = Server("--port", "0", "--max-context", "1000000")
     try:
@@ -239,9 +287,7 @@ def test_a_client_that_reads_nothing_and_hangs_up_ends_its_handler():
                 ended.set()
 
     async def run():
-        server = grpc.aio.server(
-            interceptors=(Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14),)
-        )
+        server = grpc.aio.server(interceptors=(Boundary(max_metadata_bytes=1 << 14),))
         pb_grpc.add_InferenceServicer_to_server(Endless(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

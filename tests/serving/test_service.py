@@ -1,7 +1,9 @@
 """The API as a stranger meets it: every field, the standard services, the proto on its own."""
 
 import asyncio
+import fcntl
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -95,22 +97,6 @@ def test_a_field_that_is_not_served_ends_unimplemented_by_name(stub, kind, path,
     code, details = refusal(call(request))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert field.name in details
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        field
-        for field in pb.ChatMessage.DESCRIPTOR.fields
-        if field.name not in convert.SERVED["ChatMessage"]
-    ],
-    ids=lambda field: field.name,
-)
-def test_a_field_of_a_message_that_is_not_served_ends_unimplemented_by_name(stub, field):
-    message = pb.ChatMessage(role="user", content="x")
-    fill(message, field)
-    code, details = refusal(stub.Chat(pb.ChatRequest(messages=[message])))
-    assert (code, f"messages.{field.name}" in details) == (grpc.StatusCode.UNIMPLEMENTED, True)
 
 
 def test_unset_differs_from_zero(stub):
@@ -341,9 +327,7 @@ def bug():
             return pb.GetLoadsResponse(num_running=1)
 
     async def run():
-        server = grpc.aio.server(
-            interceptors=(Boundary("vivace.v1.Inference", max_metadata_bytes=1 << 14),)
-        )
+        server = grpc.aio.server(interceptors=(Boundary(max_metadata_bytes=1 << 14),))
         pb_grpc.add_InferenceServicer_to_server(Buggy(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -392,6 +376,35 @@ def test_a_server_whose_stderr_nobody_reads_serves():
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_server_whose_log_is_held_up_serves_on_and_says_what_was_lost():
+    """A pipe that is full: somebody has it open, and does not read."""
+    words = [sys.executable, "-m", "vivace", "serve", str(MODEL), "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 16 << 10)  # of 60 lines
+        target = process.stdout.readline().split()[-1]
+        with Client(target, timeout=20, max_retries=0) as client:
+            for number in range(100):
+                code, _ = refusal(client.generate("x", temperature=9, request_id=f"held-{number}"))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert client.health() == "SERVING"
+            lines = iter(process.stderr.readline, "")
+            read = [next(lines) for _ in range(5)]
+            assert "held-0" in "".join(read)
+            refusal(client.generate("x", temperature=9, request_id="read-again"))
+            read += itertools.takewhile(lambda line: "read-again" not in line, lines)
+            process.terminate()
+            assert process.wait(10) == 0
+        records = [json.loads(line) for line in read if line.startswith("{")]
+        [lost] = [one["lines"] for one in records if one["event"] == "lost"]
+        assert lost + sum(one["event"] == "request" for one in records) == 100
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def test_the_asyncio_client_streams_and_hangs_up(server):
