@@ -40,6 +40,8 @@ class Meter:
         if self._end:
             return
         if self._unbegun:
+            if event.finish is not None:
+                raise RuntimeError("a stream has ended before all had begun: ask for more tokens")
             if event.request_id not in self._seen:
                 self._seen.add(event.request_id)
                 self._unbegun -= 1

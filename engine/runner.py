@@ -68,7 +68,7 @@ class Runner:
         self._arena = [
             ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
         ]
-        self._slots = assign_slots(program)
+        self._slots = assign_slots(program, most)
         values = list(dict.fromkeys((*values_of(program), program.hidden, program.logits)))
         places = {value: i for i, value in enumerate(values)}
         self._fixed: list[Buffer | None] = [None] * len(values)
@@ -216,7 +216,7 @@ class Runner:
 
 def _slot_sizes(program: Program, most: Sizes) -> list[tuple[int, DType]]:
     """Elements and type of each slot of the arena."""
-    slots = assign_slots(program)
+    slots = assign_slots(program, most)
     counts: dict[int, tuple[int, DType]] = {}
     for value, slot in slots.items():
         count = max(prod(sized(value.shape, most)), counts.get(slot, (0, value.dtype))[0])

@@ -123,6 +123,8 @@ ENGINES: dict[str, Command] = {
     "vivace int8, AVX2": vivace("with_vivace", "int8", "avx2"),
     "vivace int8, gRPC": vivace("with_vivace_server", "int8"),
     "vivace int4, gRPC": vivace("with_vivace_server", "int4"),
+    # Keys and values in 16 bits, as llama.cpp has them.
+    "vivace int8, bf16 cache, gRPC": vivace("with_vivace_server", "int8", "bf16"),
     "openvino int8, batching": openvino("batching", "ov-int8"),
     "openvino int8, prefix": openvino("prefix", "ov-int8"),
     "openvino int8, PA": openvino("PA", "ov-int8"),

@@ -101,7 +101,7 @@ ROWS = {
     "launch": Row(
         _launch, _pairs("vivace int4", "llama-server Q4_0", "onnxruntime int4"), quantize="int4"
     ),
-    "memory": Row(_memory, _pairs("vivace int8, gRPC", "llama-server Q8_0")),
+    "memory": Row(_memory, _pairs("vivace int8, bf16 cache, gRPC", "llama-server Q8_0")),
 }
 
 

@@ -1,6 +1,6 @@
 """Vivace over gRPC, each prompt a stream of its own, from a client that costs next to nothing (`bench/http2.py`).
 
-usage: python -m vivace.bench.peers.with_vivace_server MODEL QUANTIZE CACHE_DIR THREADS
+usage: python -m vivace.bench.peers.with_vivace_server MODEL QUANTIZE CACHE_DIR THREADS [KV_DTYPE]
 """
 
 import subprocess
@@ -17,12 +17,13 @@ STOP_S = 30
 TIMEOUT_S = 120.0  # for anything to come
 
 
-def main(model: str, quantize: str, cache_dir: str, threads: str) -> None:
+def main(model: str, quantize: str, cache_dir: str, threads: str, kv_dtype: str = "fp32") -> None:
     """Start the server, wait until it is ready, serve until there are no more jobs."""
     settings = {
         "weights.quantize": quantize,
         "weights.cache_dir": cache_dir,
         "cpu.threads": threads,
+        "cache.dtype": kv_dtype,
     }
     words = [sys.executable, "-P", "-m", "vivace", "serve", model, "--port", "0"]
     for name, value in settings.items():
@@ -57,4 +58,4 @@ def _request(ids: Sequence[int], tokens: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])

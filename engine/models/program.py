@@ -4,6 +4,7 @@ Shapes are written in the symbols of a step, so one program serves every step: n
 none in whoever runs it, depends on how many tokens there are.
 """
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -113,27 +114,34 @@ def sized(shape: tuple[Size, ...], sizes: Sizes) -> tuple[int, ...]:
     return tuple(sizes[size] if isinstance(size, Symbol) else size for size in shape)
 
 
-def assign_slots(program: Program) -> dict[Value, int]:
-    """Give each activation a slot of the arena such that no two live at once share one.
+def assign_slots(program: Program, most: Sizes) -> dict[Value, int]:
+    """Give each activation a slot of the arena such that no two live at once share one: the largest of a step of these sizes
+    first, each the first slot that is free while it lives (arXiv:2001.03288, greedy by size).
 
     A slot holds one element type. Views of an activation are not in the result: they lie where
     their owner does.
     """
-    last_use = {v.owner: i for i, call in enumerate(program.calls) for v in (*call.outs, *call.ins)}
-    last_use |= dict.fromkeys((program.hidden.owner, program.logits.owner), len(program.calls))
-    slots: dict[Value, int] = {}
-    free: dict[DType, list[int]] = {}
-    num_slots = 0
+    born: dict[Value, int] = {}
+    last: dict[Value, int] = {}
     for i, call in enumerate(program.calls):
-        for value in (v.owner for v in call.outs):
-            if value.kind is Kind.ACTIVATION and value not in slots:
-                # Outs get their slots before this call's ins give theirs back: no op writes over
-                # what it reads.
-                reusable = free.get(value.dtype)
-                slots[value] = reusable.pop() if reusable else num_slots
-                num_slots = max(num_slots, slots[value] + 1)
-        touched = dict.fromkeys(v.owner for v in (*call.outs, *call.ins))
-        for value in touched:
-            if value in slots and last_use[value] == i:
-                free.setdefault(value.dtype, []).append(slots[value])
+        for value in (v.owner for v in (*call.outs, *call.ins)):
+            if value.kind is Kind.ACTIVATION:
+                born.setdefault(value, i)
+                last[value] = i
+    last |= dict.fromkeys((program.hidden.owner, program.logits.owner), len(program.calls))
+    slots: dict[Value, int] = {}
+    taken: list[tuple[DType, list[tuple[int, int]]]] = []  # of each slot, the lives in their order
+    for value in sorted(born, key=lambda one: -prod(sized(one.shape, most))):
+        life = born[value], last[value]
+        for slot, (dtype, lives) in enumerate(taken):
+            at = bisect(lives, life)
+            is_free = all(end < life[0] for _, end in lives[max(at - 1, 0) : at])
+            is_free = is_free and all(life[1] < start for start, _ in lives[at : at + 1])
+            if dtype is value.dtype and is_free:
+                lives.insert(at, life)
+                slots[value] = slot
+                break
+        else:
+            slots[value] = len(taken)
+            taken.append((value.dtype, [life]))
     return slots

@@ -64,7 +64,7 @@ def test_the_front_end_benchmark_compares_the_service_with_an_echo(capsys):
 
 
 def test_the_process_benchmark_compares_an_engine_process_with_a_core(capsys):
-    words = ("--rounds", "1", "--streams", "2", "--tokens", "5", "--threads", "1")
+    words = ("--rounds", "1", "--streams", "2", "--tokens", "40", "--threads", "1")
     found = medians(capsys, "process", str(NORTHSTAR), *words)
     rates = [found[f"{which}, 2 streams, tokens/s"] for which in ("engine process", "in process")]
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)

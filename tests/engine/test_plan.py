@@ -60,7 +60,7 @@ def test_threads_are_the_cpus_unless_set(tmp_path):
 @pytest.mark.parametrize(
     ("machine", "settings", "words"),
     [
-        (Machine(2, 1 << 20), {}, r"not enough memory: weights 0 MiB.*1 MiB is free"),
+        (Machine(2, 1 << 19), {}, r"not enough memory: weights 0 MiB.*0 MiB is free"),
         (
             PLENTY,
             {"cache": CacheConfig(memory_bytes=1 << 40)},

@@ -25,7 +25,7 @@ from vivace.engine.config import CacheConfig, Config, KvDType, WeightsConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
-from vivace.engine.models.program import Kind, assign_slots, values_of
+from vivace.engine.models.program import Kind, Symbol, assign_slots, values_of
 from vivace.engine.models.quantize import MAKERS, Quantize, quantize
 from vivace.engine.plan import Machine, make_plan, program_of
 from vivace.kernels.backend import Backend
@@ -116,7 +116,7 @@ def test_norms_and_activations_that_are_read_as_bytes_alone_are_never_kept(direc
 
 def test_no_slot_is_shared_by_two_that_live_at_once(directory, kind):
     program = quantize(emit(read_spec(directory)), KINDS[kind], GROUP)
-    slots = assign_slots(program)
+    slots = assign_slots(program, dict.fromkeys(Symbol, 7))
     born, last = {}, {}
     for i, call in enumerate(program.calls):
         for value in call.outs:

@@ -11,6 +11,7 @@ from vivace.engine.models.spec import (
     NormSpec,
     RopeSpec,
 )
+from vivace.engine.runner import arena_bytes
 
 NORM = NormSpec(1e-6)
 
@@ -22,12 +23,13 @@ def spec_of(*ropes, tied=False):
     return ModelSpec("LlamaForCausalLM", 260, 64, layers, NORM, tied, 512)
 
 
+MOST = dict.fromkeys(Symbol, 7)
 PLAIN, WIDE = RopeSpec(1e4, 16), RopeSpec(1e6, 16)
 
 
 def test_no_two_live_values_share_a_slot():
     program = emit(spec_of(PLAIN, PLAIN, WIDE))
-    slots = assign_slots(program)
+    slots = assign_slots(program, MOST)
     written_by, last_use = {}, {}
     for i, call in enumerate(program.calls):
         for value in call.outs:
@@ -47,14 +49,22 @@ def test_the_results_keep_their_slots_to_the_end():
     first = b.linear(b.input("x", Symbol.T, 8), weight)
     second = b.linear(first, weight)
     b.linear(b.linear(second, weight), weight)
-    slots = assign_slots(b.finish(hidden=first, logits=second))
+    slots = assign_slots(b.finish(hidden=first, logits=second), MOST)
     for result in (first, second):
         assert [value for value, slot in slots.items() if slot == slots[result]] == [result]
 
 
 def test_the_arena_does_not_grow_with_the_number_of_layers():
-    few, many = (len(set(assign_slots(emit(spec_of(*[PLAIN] * n))).values())) for n in (2, 20))
+    few, many = (arena_bytes(emit(spec_of(*[PLAIN] * n)), MOST) for n in (2, 20))
     assert few == many
+
+
+def test_the_arena_holds_what_is_large_once():
+    most = MOST | {Symbol.T: 1000, Symbol.P: 1000}
+    gate_up, product, rows, table = 2 * 96, 96, 3 * 64, 16  # floats of a token
+    assert arena_bytes(emit(spec_of(*[PLAIN] * 4)), most) == 4000 * (
+        gate_up + product + rows + table
+    )
 
 
 def test_layers_with_the_same_rotation_share_its_table():
