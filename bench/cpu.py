@@ -1,13 +1,15 @@
 """How near the engine is to what the machine can do: every op, and whole steps, as shares of bandwidth and peaks.
 
 Ops are timed inside the step that they are part of, where weights come from memory as they do in service. The probes run
-before and after; the higher value counts, since both a neighbour on the machine and its clock only ever take away.
+before and after every round, and the higher value counts for it: a neighbour on the machine and its clock only ever take
+away, and memory of some machines is twice as fast in one minute as in the next.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 from vivace.bench.job import Job, Timing, random_job, run, timing
@@ -84,14 +86,16 @@ def measure(config: Config, load: Load) -> list[Figure]:
     program = program_of(config, read_spec(config.model))
     _timed(engine, _one(load, seed=0))  # whatever is done once is done
     probes = [probe(library, repeats=load.probes)]
-    seeds = range(1, load.rounds + 1)
-    alone = [_timed(engine, _one(load, seed)) for seed in seeds]
-    together = [_timed(engine, _many(load, seed)) for seed in seeds]
+    alone, together = [], []
+    for seed in range(1, load.rounds + 1):
+        alone.append(_timed(engine, _one(load, seed)))
+        together.append(_timed(engine, _many(load, seed)))
+        probes.append(probe(library, repeats=load.probes))
     profiler.is_on = True
     for job in (_one(load, seed=-1), _many(load, seed=-1)):
         _timed(engine, job)
     probes.append(probe(library, repeats=load.probes))
-    peaks = highest(probes)
+    peaks = [highest(two) for two in pairwise(probes)]
     measured = {
         f"prefill of {load.prompt}": [one.ttft_s for one in alone],
         f"decode at {load.prompt}": [1 / one.decode_rate for one in alone],
@@ -100,10 +104,10 @@ def measure(config: Config, load: Load) -> list[Figure]:
     kinds = dict(zip(measured, _steps(load), strict=True))
     figures = _peak_figures(probes)
     for name, step in kinds.items():
-        figures += _whole(name, measured[name], step_work(program.calls, step), peaks)
+        figures += _whole(name, measured[name], step_work(program.calls, step), peaks[:-1])
     for name, step in kinds.items():
         sizes = (step.tokens, step.requests, step.requests, step.requests)
-        figures += op_figures(name, program, step, profiler.steps[sizes], peaks)
+        figures += op_figures(name, program, step, profiler.steps[sizes], peaks[-1])
     return figures
 
 
@@ -151,11 +155,15 @@ def _label(call: Call) -> str:
     return f"{call.op} {LAYER.sub('.', names[0])}" if "linear" in call.op else call.op
 
 
-def _whole(name: str, seconds: Sequence[float], work: Work, peaks: Peaks) -> list[Figure]:
+def _whole(name: str, seconds: Sequence[float], work: Work, peaks: Sequence[Peaks]) -> list[Figure]:
+    """`peaks` of each round."""
     figures = [figure(f"{name}, ms", [value * 1e3 for value in seconds])]
-    for limit, bound in work.bounds(peaks).items():
-        if bound:
-            shares = [bound / value * 100 for value in seconds]
+    bounds = [work.bounds(one) for one in peaks]
+    for limit in bounds[0]:
+        if bounds[0][limit]:
+            shares = [
+                bound[limit] / value * 100 for bound, value in zip(bounds, seconds, strict=True)
+            ]
             figures.append(figure(f"{name}, % of {limit}", shares))
     return figures
 
