@@ -152,11 +152,16 @@ def _llama_files(folder: Path, model: Path) -> None:
     whole = folder / "models" / f"{model.name}-bf16.gguf"
     if not whole.exists():
         convert = folder / "llama.cpp" / "convert_hf_to_gguf.py"
-        _run(folder / "ov/bin/python", convert, model, "--outtype", "bf16", "--outfile", whole)
+        partial = whole.with_name(whole.name + ".partial")
+        words = (convert, model, "--outtype", "bf16", "--outfile", partial)
+        _run(folder / "ov/bin/python", *words)
+        partial.rename(whole)
     for kind in ("Q8_0", "Q4_0"):
         out = whole.with_name(f"{model.name}-{kind}.gguf")
         if not out.exists():
-            _run(folder / "llama.cpp/build/bin/llama-quantize", whole, out, kind)
+            partial = out.with_name(out.name + ".partial")
+            _run(folder / "llama.cpp/build/bin/llama-quantize", whole, partial, kind)
+            partial.rename(out)
 
 
 if __name__ == "__main__":
