@@ -32,7 +32,7 @@ struct Quantizer {
       is_bad |= bad[i] != 0;
     }
     float scale = (most - least) / 255.0f;
-    if (!(scale > 0.0f)) scale = 1.0f;
+    if (!(scale >= 0x1p-126f)) scale = 1.0f;  // 1 / scale would not be finite for the least of these
     const float inverse = 1.0f / scale;
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, to even at the half
     const float zero = -least * inverse + kRound - kRound;

@@ -1,9 +1,10 @@
 """Rows of activations as unsigned bytes: x ~ scale * (q - zero), each row with a scale and a zero of its own.
 
 T tokens, K inputs; or [T, k, K], k rows for each token. With lo = min(0, x) and hi = max(0, x) of a row:
-scale = (hi - lo) / 255, or 1 where that is 0; zero = round(-lo / scale); q = round(x / scale) + zero, kept in 0..255; rounding
-is to even at the half. In fp32, each step rounded once, and division by the scale is multiplication by 1 / scale: the same
-bytes on every CPU. A row that holds a NaN has a NaN for a scale, one that holds an infinity an infinite one.
+scale = (hi - lo) / 255, or 1 where that is no normal number, which makes the row 0; zero = round(-lo / scale);
+q = round(x / scale) + zero, kept in 0..255; rounding is to even at the half. In fp32, each step rounded once, and division
+by the scale is multiplication by 1 / scale: the same bytes on every CPU. A row that holds a NaN has a NaN for a scale, one that
+holds an infinity an infinite one.
 """
 
 from typing import Protocol

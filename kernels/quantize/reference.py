@@ -11,7 +11,7 @@ def run(q: torch.Tensor, params: torch.Tensor, x: torch.Tensor) -> None:
     lo = x.amin(dim=-1).clamp(max=0)
     hi = x.amax(dim=-1).clamp(min=0)
     scale = (hi - lo) / 255
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale >= 2.0**-126, scale, torch.ones_like(scale))
     inverse = 1 / scale
     zero = torch.round(-lo * inverse)
     rounded = torch.round(x * inverse[..., None]) + zero[..., None]

@@ -77,6 +77,21 @@ def test_what_is_no_number_stays_none(backend, bad):
     assert not np.isfinite(y[1]).any() and np.isfinite(y[[0, 2]]).all()
 
 
+@each_backend
+@each_kind
+@pytest.mark.parametrize("size", (1e-35, 1e-37, 1e-38, 1e-40, 1e-45))
+def test_a_row_that_is_next_to_nothing_gives_next_to_nothing(backend, group, size):
+    """Down to subnormal numbers: the reciprocal of their scale would be infinite, and so would the result."""
+    x, w, bias = case(3, 33, 40)
+    x[0] *= np.float32(size)
+    x[1] = np.abs(x[0])
+    ops, weight = ops_of(backend), quantized(w, group)
+    q, params = rows(ops, x)
+    assert np.isfinite(params).all() and (params[:, 0] > 0).all()
+    assert np.abs(project(ops, q, params, weight)[:2]).max() <= 1e3 * size
+    assert np.array_equal(project(ops, q, params, weight, bias)[:2], [bias, bias])
+
+
 MAKERS = [  # op, shapes of the inputs for rows of K, attributes
     ("rmsnorm", lambda T, K: [(T, K), (K,)], {"eps": 1e-6}),
     ("add_rmsnorm", lambda T, K: [(T, K), (T, K), (K,)], {"eps": 1e-6}),
