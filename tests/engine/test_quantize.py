@@ -28,7 +28,8 @@ from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Kind, Symbol, assign_slots, values_of
 from vivace.engine.models.quantize import MAKERS, Quantize, quantize
 from vivace.engine.plan import Machine, make_plan, program_of
-from vivace.kernels.backend import Backend
+from vivace.kernels import backend
+from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
 
 KINDS = {"int8": Quantize.INT8, "int4": Quantize.INT4}
@@ -168,6 +169,16 @@ def test_the_chunk_size_changes_nothing(llm, alone, kind, chunk):
 @pytest.mark.parametrize("threads", [2, 4])
 def test_the_number_of_threads_changes_nothing(llm, alone, kind, threads):
     other = LLM(llm.directory, config=quantized(llm.directory, kind, threads=threads))
+    assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
+
+
+def test_calling_op_by_op_changes_nothing(llm, alone, kind, monkeypatch):
+    """The loop in Python, on several threads, is what the replay is held to."""
+    plain = replace(load(Backend.CPU, threads=2), recorder=None)
+    monkeypatch.setattr(backend, "load", lambda *_args, **_kwargs: plain)
+    other = LLM(llm.directory, config=quantized(llm.directory, kind))
+    assert other.core._runner.ops is plain
+    assert llm.core._runner.ops.recorder is not None
     assert essence(other.generate(prompts_of(llm), SAMPLED)) == alone
 
 
