@@ -86,6 +86,48 @@ def test_this_machine_can_be_read():
     assert machine.num_cpus >= 1 and machine.free_bytes > 1 << 20
 
 
+BOX = "/sys/fs/cgroup/pod/box"
+
+
+@pytest.mark.parametrize(
+    ("quotas", "cpus"),
+    [
+        ({}, 6),
+        ({f"{BOX}/cpu.max": "max 100000"}, 6),
+        ({f"{BOX}/cpu.max": "400000 100000"}, 4),
+        ({f"{BOX}/cpu.max": "max 100000", "/sys/fs/cgroup/pod/cpu.max": "250000 100000"}, 2),
+        ({f"{BOX}/cpu.max": "50000 100000"}, 1),
+        ({f"{BOX}/cpu.max": "6400000 100000"}, 6),
+        ({"/sys/fs/cgroup/other/cpu.max": "100000 100000"}, 6),
+    ],
+)
+def test_cpus_are_those_of_the_affinity_and_of_every_cgroup_s_quota(monkeypatch, quotas, cpus):
+    files = {"/proc/self/cgroup": "1:name=systemd:/\n0::/pod/box"} | quotas
+    monkeypatch.setattr(
+        "vivace.engine.plan._lines", lambda path: files.get(str(path), "").splitlines()
+    )
+    monkeypatch.setattr("vivace.engine.plan._meminfo_available", lambda: 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(2, 8)))
+    assert read_machine() == Machine(num_cpus=cpus, free_bytes=100)
+
+
+def test_memory_is_what_every_cgroup_leaves(monkeypatch):
+    files = {
+        "/proc/self/cgroup": "0::/pod/box",
+        f"{BOX}/memory.max": "max",
+        f"{BOX}/memory.current": "5",
+        "/sys/fs/cgroup/pod/memory.max": "70",
+        "/sys/fs/cgroup/pod/memory.current": "30",
+    }
+    monkeypatch.setattr(
+        "vivace.engine.plan._lines", lambda path: files.get(str(path), "").splitlines()
+    )
+    monkeypatch.setattr("vivace.engine.plan._meminfo_available", lambda: 100)
+    assert read_machine().free_bytes == 40
+    files["/sys/fs/cgroup/pod/memory.current"] = "90"
+    assert read_machine().free_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
