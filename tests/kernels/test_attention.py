@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of
 from tests.kernels.paged import Paged, S, queries
@@ -113,6 +115,37 @@ def test_a_number_that_is_none_stays_one(backend, dtype):
         bad[poisoned][3] = np.nan
         paged.write(*bad, paged.tables[0, np.arange(20) // S] * S + np.arange(20) % S)
         assert np.isnan(paged.attend(queries(1, 2, 8), (1,))).all()
+
+
+@each_backend
+@settings(max_examples=40)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 600), st.integers(0, 9)), min_size=1, max_size=3),
+    G=st.integers(1, 3),
+    heads=st.integers(1, 16),
+    D=st.sampled_from((8, 16, 64, 80, 96, 128, 256)) | st.integers(1, 40),
+    block_tokens=st.sampled_from((16, 64)) | st.integers(1, 40),
+    window=st.just(0) | st.integers(1, 600),
+    softcap=st.sampled_from((0.0, 2.0, 30.0)),
+    has_sinks=st.booleans(),
+    dtype=st.sampled_from((DType.FP32, DType.BF16, DType.INT8)),
+    seed=st.integers(0, 1000),
+)
+def test_no_shape_is_different(
+    backend, requests, G, heads, D, block_tokens, window, softcap, has_sinks, dtype, seed
+):
+    """What nobody wrote and what lies left of the windows is NaN, its block numbers nonsense."""
+    lengths = [length for length, _ in requests]
+    counts = [min(count, length) for length, count in requests]
+    paged = Paged(ops_of(backend, 2), lengths, G=G, D=D, S=block_tokens, seed=seed, dtype=dtype)
+    q, rng = queries(sum(counts), G * heads, D, seed), np.random.default_rng(seed)
+    sinks = rng.standard_normal(G * heads, dtype=np.float32) if has_sinks else None
+    want = paged.want(q, counts, sinks, window, softcap)
+    if window:
+        paged.forget(counts, window)
+    got = paged.attend(q, counts, sinks=sinks, window=window, softcap=softcap)
+    assert got.shape == want.shape and not np.isnan(got).any()
+    assert np.abs(got - want).max(initial=0) <= 2e-5  # values are about 1; scores of 256 products
 
 
 @each_backend

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
@@ -45,6 +47,28 @@ def test_linear_over_blocks_of_inputs_and_tiles_of_outputs(backend, T, N, K):
     ops, x, w = ops_of(backend, 2), normal(rng, T, K), normal(rng, N, K)
     [got] = run(ops, "linear", [out(ops, T, N)], x, w)
     close(got, x.astype(np.float64) @ w.T.astype(np.float64), 4e-6)
+
+
+@each_backend
+@settings(max_examples=40)
+@given(
+    T=st.integers(1, 20) | st.just(133),
+    N=st.integers(1, 70),
+    K=st.integers(1, 300) | st.just(172) | st.just(1030),
+    is_bf16=st.booleans(),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_no_shape_of_a_projection_is_different(backend, T, N, K, is_bf16, has_bias, seed):
+    rng = np.random.default_rng(seed)
+    ops, x, w = ops_of(backend, 2), normal(rng, T, K), normal(rng, N, K)
+    stored = as_bf16(w) if is_bf16 else w
+    bias = normal(rng, N) if has_bias else None
+    [got] = run(ops, "linear", [out(ops, T, N)], x, stored, bias)
+    read = (widened(stored) if is_bf16 else w).astype(np.float64)
+    want = x.astype(np.float64) @ read.T + (bias if has_bias else 0)
+    most = (np.abs(x).astype(np.float64) @ np.abs(read).T).max()  # sums may cancel
+    assert np.abs(got - want).max() <= 1e-6 * (most + 3)
 
 
 def as_bf16(x):
