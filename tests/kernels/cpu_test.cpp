@@ -34,7 +34,8 @@ int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, in
 int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first, int64_t count);
 #define OP(name) void vivace_##name(void* context, const void* args);
 OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
-OP(rmsnorm_quantize) OP(add_rmsnorm_quantize) OP(gated_quantize) OP(quantize) OP(linear_int8) OP(linear_int4) OP(embed_int8) OP(expert_linear_int8) OP(expert_linear_int4)
+OP(rmsnorm_quantize) OP(add_rmsnorm_quantize) OP(gated_quantize) OP(quantize) OP(linear_int8) OP(linear_int4) OP(embed_int8)
+OP(expert_linear_int8) OP(expert_linear_int4)
 OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
 #undef OP
 }
@@ -167,9 +168,29 @@ std::vector<uint8_t>& packed(Buffers& b, const Floats& w, int64_t E, int64_t N, 
   return found;
 }
 
-// Every op at odd sizes: T rows, of two requests where there are any.
-std::vector<Case> cases(Buffers& b, int64_t T) {
-  constexpr int64_t M = 43, N = 37, V = 29, H = 6, G = 2, D = 20, S = 4, kBlocks = 9, E = 5, K = 3, F = 19, R = 12;
+// The upper halves.
+std::vector<uint8_t>& as_bf16(Buffers& b, const Floats& x) {
+  std::vector<uint8_t>& found = b.u(int64_t(x.size()) * 2);
+  for (size_t i = 0; i < x.size(); ++i) std::memcpy(&found[2 * i], reinterpret_cast<const uint8_t*>(&x[i]) + 2, 2);
+  return found;
+}
+
+// What the ops of a model are called with.
+struct Sizes {
+  int64_t M, N, V, H, G, D, S, E, F, R;
+  int64_t num_chosen;  // experts that tokens go to
+  int64_t context;     // of the second request
+  int64_t most_rows;   // of logits
+};
+constexpr Sizes kOdd{43, 37, 29, 6, 2, 20, 4, 5, 19, 12, 5, 9, 1000};
+// Past what is kept at a time: blocks of inputs, rows of an expert, groups of splits, candidates of a row.
+constexpr Sizes kLarge{1100, 35, 70001, 9, 1, 72, 16, 3, 1030, 64, 1, 4500, 2};
+
+// Every op, with T rows, of two requests where there are any.
+std::vector<Case> cases(Buffers& b, const Sizes& sizes, int64_t T) {
+  const auto [M, N, V, H, G, D, S, E, F, R, num_chosen, context, most_rows] = sizes;
+  constexpr int64_t kBlocks = 9, kTokens = 29, K = 3;
+  const int64_t rows_of_logits = std::min(T, most_rows);
   std::vector<Case> found;
   const auto add = [&](const char* name, cpu::Op* op, const auto& args, auto&... outs) {
     found.push_back({name, op, bytes(args), {whole(outs)...}});
@@ -182,24 +203,30 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   add("add", vivace_add, cpu::AddArgs{out.data(), x.data(), residual.data(), T * M}, out);
   add("softcap", vivace_softcap, cpu::SoftcapArgs{out.data(), x.data(), T * M, 3}, out);
   add("take_rows", vivace_take_rows, cpu::TakeRowsArgs{out.data(), x.data(), rows.data(), T, M}, out);
-  Ints& tokens = b.i(T, V);
-  Floats& table = b.f(V * M);
+  Ints& tokens = b.i(T, kTokens);
+  Floats& table = b.f(kTokens * M);
   add("embed", vivace_embed, cpu::EmbedArgs{out.data(), tokens.data(), table.data(), T, M, 0, 2}, out);
+  add("embed", vivace_embed, cpu::EmbedArgs{out.data(), tokens.data(), as_bf16(b, table).data(), T, M, 1, 2}, out);
   Floats &projected = b.f(T * N), &weight = b.f(N * M), &bias = b.f(N);
   add("linear", vivace_linear,
       cpu::LinearArgs{projected.data(), x.data(), weight.data(), bias.data(), T, N, M, 0}, projected);
+  add("linear", vivace_linear,
+      cpu::LinearArgs{projected.data(), x.data(), as_bf16(b, weight).data(), bias.data(), T, N, M, 1}, projected);
   Floats &act = b.f(T * F), &gate_up = b.f(T * 2 * F);
   for (int64_t activation = 0; activation < 4; ++activation)
     add("gated", vivace_gated, cpu::GatedArgs{act.data(), gate_up.data(), T, F, activation, 1.7f, 7}, act);
 
   Floats &chosen = b.f(T * K), &router = b.f(T * E), &expert_out = b.f(T * K * N), &combined = b.f(T * N);
-  Ints &experts = b.i(T * K, E), &routed = b.i(T * K, E);
+  Ints &experts = b.i(T * K, num_chosen), &routed = b.i(T * K, E);
   Floats &expert_weight = b.f(E * N * M), &expert_bias = b.f(E * N), &shared = b.f(T * N), &gate = b.f(T);
   add("moe_route", vivace_moe_route,
       cpu::MoeRouteArgs{chosen.data(), routed.data(), router.data(), nullptr, T, E, K, 1, 1, 1, 1, 1}, chosen, routed);
   add("expert_linear", vivace_expert_linear,
       cpu::ExpertLinearArgs{expert_out.data(), x.data(), experts.data(), expert_weight.data(), expert_bias.data(), T, K,
                             E, N, M, 0, 0}, expert_out);
+  add("expert_linear", vivace_expert_linear,
+      cpu::ExpertLinearArgs{expert_out.data(), x.data(), experts.data(), as_bf16(b, expert_weight).data(),
+                            expert_bias.data(), T, K, E, N, M, 0, 1}, expert_out);
   add("moe_combine", vivace_moe_combine,
       cpu::MoeCombineArgs{combined.data(), expert_out.data(), chosen.data(), shared.data(), gate.data(), T, K, N},
       combined);
@@ -222,15 +249,16 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
       cpu::AddRmsnormQuantizeArgs{bytes_of_x.data(), params.data(),
                                   {sum.data(), nullptr, x.data(), residual.data(), norm.data(), T, M, 1e-6f}},
       bytes_of_x, params, sum);
-  const auto &int8 = packed(b, weight, 1, N, M, 0), &int4 = packed(b, weight, 1, N, M, 32);
+  const auto& int8 = packed(b, weight, 1, N, M, 0);
   const auto &experts_int8 = packed(b, expert_weight, E, N, M, 0), &experts_int4 = packed(b, expert_weight, E, N, M, 32);
   add("embed_int8", vivace_embed_int8,
-      cpu::EmbedInt8Args{out.data(), tokens.data(), packed(b, table, 1, V, M, 0).data(), T, M, V, 2}, out);
+      cpu::EmbedInt8Args{out.data(), tokens.data(), packed(b, table, 1, kTokens, M, 0).data(), T, M, kTokens, 2}, out);
   add("linear_int8", vivace_linear_int8,
       cpu::LinearInt8Args{projected.data(), bytes_of_x.data(), params.data(), int8.data(), bias.data(), T, N, M}, projected);
-  add("linear_int4", vivace_linear_int4,
-      cpu::LinearInt4Args{projected.data(), bytes_of_x.data(), params.data(), int4.data(), bias.data(), T, N, M, 32},
-      projected);
+  for (int64_t group : {32, 64, 128})
+    add("linear_int4", vivace_linear_int4,
+        cpu::LinearInt4Args{projected.data(), bytes_of_x.data(), params.data(), packed(b, weight, 1, N, M, group).data(),
+                            bias.data(), T, N, M, group}, projected);
   for (int64_t has_own_rows : {0, 1}) {
     const uint8_t* rows_of = has_own_rows ? own_rows.data() : bytes_of_x.data();
     const float* params_of = has_own_rows ? own_params.data() : params.data();
@@ -246,15 +274,16 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   const int32_t first = int32_t(T > 1 ? T - 1 : 0), num_requests = T == 0 ? 0 : T > 1 ? 2 : 1;
   Ints starts{0}, lens, places, slots;
   if (T > 1) starts.push_back(first), lens.push_back(first + 3);
-  if (T > 0) starts.push_back(int32_t(T)), lens.push_back(9);
-  const int64_t X = (std::max(9, first + 3) + S - 1) / S;
+  if (T > 0) starts.push_back(int32_t(T)), lens.push_back(int32_t(context));
+  const int64_t X = (std::max<int64_t>(context, first + 3) + S - 1) / S;
   for (int64_t t = 0; t < T; ++t) {
-    places.push_back(t < first ? int32_t(t + 3) : 8);
+    places.push_back(t < first ? int32_t(t + 3) : int32_t(context - 1));
     slots.push_back(int32_t(t < first ? t + 3 : kBlocks * S - 1));
   }
   Floats &q = b.f(T * H * D), &heads = b.f(T * H * D), &sinks = b.f(H);
   Floats &qkv = b.f(T * (H + 2 * G) * D), &cos_sin = b.f(T * R), &inv_freq = b.f(R / 2);
   Floats &k = b.f(T * G * D), &v = b.f(T * G * D), &q_norm = b.f(D), &k_norm = b.f(D);
+  Floats &q_row_norm = b.f(H * D), &k_row_norm = b.f(G * D);
   Ints &at = b.i(places), &slot = b.i(slots), &start = b.i(starts), &len = b.i(lens);
   Ints& blocks = b.i(num_requests * X, kBlocks);
   add("rope_table", vivace_rope_table,
@@ -262,9 +291,12 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
   for (int64_t kv_type : {0, 1, 2}) {  // fp32, bf16, int8 with scales
     const int64_t head_bytes = kv_type == 0 ? 4 * D : kv_type == 1 ? 2 * D : D + 4;
     std::vector<uint8_t>& cache = b.u(kBlocks * 2 * G * S * head_bytes);
+    const bool is_row_norm = kv_type == 1;
     add("rope_kv_write", vivace_rope_kv_write,
-        cpu::RopeKvWriteArgs{q.data(), cache.data(), qkv.data(), cos_sin.data(), slot.data(), q_norm.data(), k_norm.data(),
-                             T, H, G, S, D, R, 0, kv_type, 1e-6f}, q, cache);
+        cpu::RopeKvWriteArgs{q.data(), cache.data(), qkv.data(), cos_sin.data(), slot.data(),
+                             is_row_norm ? q_row_norm.data() : q_norm.data(),
+                             is_row_norm ? k_row_norm.data() : k_norm.data(), T, H, G, S, D, R, is_row_norm, kv_type, 1e-6f},
+        q, cache);
     add("kv_read", vivace_kv_read,
         cpu::KvReadArgs{k.data(), v.data(), cache.data(), slot.data(), T, G, S, D, kv_type}, k, v);
     for (int64_t window : {0, 5})
@@ -273,6 +305,7 @@ std::vector<Case> cases(Buffers& b, int64_t T) {
                              T, H, G, S, D, num_requests, X, window, kv_type, 0.2f, window ? 30.0f : 0.0f}, heads);
   }
 
+  T = rows_of_logits;
   Floats &logits = b.f(T * V), &scores = b.f(T * V), &ones = b.f(T), &halves = b.f(T), &zeros = b.f(T);
   std::fill(ones.begin(), ones.end(), 1.0f);
   std::fill(halves.begin(), halves.end(), 0.5f);
@@ -307,9 +340,11 @@ std::vector<std::vector<uint8_t>> results(std::vector<Case>& all, int32_t isa, i
 }
 
 void ops_give_the_same_on_threads_and_in_a_program(int32_t isa) {
-  for (int64_t T : {0, 1, 2, 5, 17}) {
+  using Step = std::pair<Sizes, int64_t>;
+  for (const auto& [sizes, T] :
+       {Step(kOdd, 0), Step(kOdd, 1), Step(kOdd, 2), Step(kOdd, 5), Step(kOdd, 17), Step(kLarge, 17), Step(kLarge, 131)}) {
     Buffers buffers;
-    std::vector<Case> all = cases(buffers, T);
+    std::vector<Case> all = cases(buffers, sizes, T);
     const auto want = results(all, isa, 1);
     for (int32_t threads : {2, 3}) {
       const auto got = results(all, isa, threads);
@@ -323,6 +358,7 @@ void ops_give_the_same_on_threads_and_in_a_program(int32_t isa) {
       ops.push_back(one.op);
       starts.push_back(int64_t(args.size()));
       args.insert(args.end(), one.args.begin(), one.args.end());
+      args.resize((args.size() + 7) / 8 * 8);  // as the recorder aligns them
     }
     const cpu::Recording recording{int64_t(all.size()), int64_t(args.size()), 0, 0, ops.data(), starts.data(),
                                    args.data(), nullptr};
