@@ -86,7 +86,9 @@ class CpuConfig:
     """The C++ backend."""
 
     threads: int | None = setting(
-        None, "threads of a model's engine; unset: its share of the CPUs this process may use"
+        None,
+        "threads of a model's engine; unset: its share of the CPUs this process may use",
+        high=1024,
     )
     isa: str | None = setting(None, "instruction set; unset: the best the CPU has")
 

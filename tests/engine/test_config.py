@@ -133,6 +133,8 @@ def test_every_flag_is_a_setting(read, flag, path):
         ("cache.memory_bytes=0MiB", r"cache\.memory_bytes .* at least 1, got 0"),
         ("max_context_tokens=1", r"max_context_tokens .* at least 2, got 1"),
         ("cpu.isa=3", r"cpu\.isa must be a text, got 3"),
+        ("cpu.threads=0", r"cpu\.threads must be a whole number in 1\.\.1024, got 0"),
+        ("cpu.threads=1025", r"cpu\.threads must be a whole number in 1\.\.1024, got 1025"),
         ("weights.cache_dir=3", r"weights\.cache_dir must be the path of a folder, got 3"),
         ('weights.cache_dir=""', r"weights\.cache_dir must be the path of a folder, got ''"),
         ("weights.quantize=int5", r"weights\.quantize must be 'none' or 'int8' or 'int4', got 'int5'"),
