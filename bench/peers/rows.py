@@ -159,6 +159,8 @@ def measure(
             peaks = highest([before, after])
             before = after
             table.add("read bandwidth, GB/s", peaks.read / 1e9)
+            if peaks.int8 is not None:
+                table.add("int8 peak, GOP/s", peaks.int8 / 1e9)
             table.add_pair(pair, (found[pair[0]], found[pair[1]]), row.is_rate)
             for name, step in row.steps:
                 value = found[pair[0]][name]
