@@ -9,6 +9,7 @@ from vivace import LLM, SamplingParams
 from vivace.engine.config import CpuConfig
 from vivace.engine.errors import ConfigError, InvalidRequest, Unimplemented
 from vivace.kernels.backend import Backend
+from vivace.kernels.cpu.library import Library
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,16 @@ def test_both_backends_agree(llm):
             if best - second < 1e-4:
                 break
             assert token == other
+
+
+@pytest.mark.parametrize("isa", Library(threads=1).isas())
+def test_the_instruction_set_that_is_asked_for_is_the_one_that_runs(llm, isa):
+    other = LLM(llm.directory, config=replace(config(llm.directory), cpu=CpuConfig(isa=isa)))
+    library = other.core._runner.ops.recorder._library
+    assert library._number == library.isas()[isa]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    [result] = other.generate(prompts_of(llm)[2], params)
+    assert len(result.outputs[0].token_ids) == 8
 
 
 def test_an_instruction_set_that_does_not_exist_is_refused_by_name(tiny_qwen3):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, ops_of, out
+from tests.kernels.arrays import BACKENDS, ISAS, ops_of, out
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
 from vivace.kernels.cpu.library import ABI, Library
@@ -87,6 +87,18 @@ def test_a_strided_array_is_refused_by_the_cpu():
 def test_arguments_of_another_backend_are_refused_not_ignored(arguments, words):
     with pytest.raises(ValueError, match=words):
         load(**arguments)
+
+
+def test_each_instruction_set_has_sums_of_its_own():
+    """Of as many lanes as its vectors have: what is forced is what runs."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal((8, 1000), dtype=np.float32) for _ in "xw")
+    found = []
+    for isa in ISAS:
+        result = np.empty((8, 8), np.float32)
+        ops_of(isa).linear(result, x, w)
+        found.append(result.tobytes())
+    assert len(set(found)) == len(ISAS)
 
 
 def test_a_struct_of_another_size_is_refused():
