@@ -1,7 +1,6 @@
 """`vivace bench host|startup|frontend|process|quality|cpu|peers`."""
 
 import argparse
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from vivace.bench.result import Figure
 from vivace.engine.config import Config, CpuConfig, quantized_by
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.quantize import Quantize
+from vivace.engine.plan import read_machine
 
 PACKAGE = Path(vivace.__file__).parent
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "northstar"
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rounds", type=int, default=8)
     one.add_argument("--streams", type=int, default=8)
     one.add_argument("--tokens", type=int, default=96, help="of each stream")
-    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     one.add_argument("--quantize", default="none")
     one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
     one.add_argument("model", type=Path)
@@ -109,12 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
     one.add_argument("--isa", help="instruction set (default: the best there is)")
     one.add_argument("--rounds", type=int, default=5)
-    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     one = kinds.add_parser("peers", help="beside other engines on the same machine, by ratio")
     one.add_argument("model", type=Path)
     one.add_argument("--peers", type=Path, required=True, help="what bench/peers/prepare.py made")
     one.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
     one.add_argument("--without", nargs="+", default=[], help="engines by how their name begins")
     one.add_argument("--rounds", type=int, default=5)
-    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     return parser

@@ -120,6 +120,14 @@ def test_pairs_run_in_turn_and_the_other_goes_first_every_second_time(at, fakes,
     assert values["one, decode at 512, % of bandwidth"] > 0
 
 
+def test_what_is_of_later_starts_is_not_measured_at_the_first(at, fakes, monkeypatch):
+    row = Row(rows._launch, (("one", "two"),), is_of_later_starts=True)
+    monkeypatch.setattr(rows, "ROWS", {"launch": row})
+    found = rows.measure(at, rounds=1, rows=["launch"], without=[])
+    assert [line.split()[0] for line in fakes.read_text().splitlines()] == ["one", "two"] * 2
+    assert {figure.repeats for figure in found} == {1}
+
+
 def test_a_ratio_says_how_many_times_as_good_ours_is():
     table = Table()
     table.add_pair(
