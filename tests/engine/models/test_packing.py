@@ -28,7 +28,11 @@ from vivace.kernels.backend import Backend, load
 from vivace.kernels.quantized import quantize_int4, quantize_int8
 
 OPS = load(Backend.CPU)
-WAYS = {"int8": (Quantize.INT8, 128), "int4": (Quantize.INT4, 32)}
+WAYS = {
+    "int8": (Quantize.INT8, 128),
+    "int4": (Quantize.INT4, 32),
+    "int4-64": (Quantize.INT4, 64),  # of 96 inputs the last group has 32
+}
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
@@ -123,9 +127,9 @@ def test_the_second_start_takes_what_the_first_one_kept(model, tmp_path, way):
 
 def test_each_way_and_each_folder_has_a_file_of_its_own(model, source, tmp_path):
     for folder in (model, source):
-        for way in (*WAYS.values(), (Quantize.INT4, 64)):
+        for way in (*WAYS.values(), (Quantize.INT4, 128)):
             assert "kept in" in start(folder, tmp_path / "cache", way=way)
-    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 8
     assert "huge pages" in start(model, tmp_path / "cache")
 
 
