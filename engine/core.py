@@ -351,6 +351,7 @@ def load(
         max_running=config.scheduler.max_running,
         max_waiting=config.scheduler.max_waiting,
         load_s=time.monotonic() - start,
+        isa=ops.isa,
     )
     context = ContextRules(window=spec.window, long_rope_from=spec.long_rope_from)
     return EngineCore(config, plan, runner, context=context, info=info, clock=time.monotonic)

@@ -57,6 +57,7 @@ class Ops:
         [], int
     ]  # how many ops have finished; a watchdog may call it from another thread
     recorder: Recorder | None  # None: the backend's ops can be called one by one only
+    isa: str | None  # the instruction set; None: the backend has no choice of them
     linear: linear.Run
     quantize: quantize.Run
     linear_int8: linear_int8.Run
@@ -85,7 +86,7 @@ class Ops:
     kv_read: kv_read.Run
 
 
-NO_OPS = ("memory", "progress", "recorder")  # fields of Ops
+NO_OPS = ("memory", "progress", "recorder", "isa")  # fields of Ops
 
 
 def load(
@@ -113,7 +114,9 @@ def _load_cpu(threads: int, isa: str | None) -> Ops:
     recorder = import_module("vivace.kernels.cpu.recorder").CpuRecorder(library)
     memory = import_module("vivace.kernels.memory.cpu").CpuMemory(library)
     bound = _bind(lambda module: import_module(f"{module}.cpu").bind(library))
-    return Ops(memory=memory, progress=library.progress, recorder=recorder, **bound)
+    return Ops(
+        memory=memory, progress=library.progress, recorder=recorder, isa=library.isa, **bound
+    )
 
 
 def _load_reference(device: str) -> Ops:
@@ -123,7 +126,7 @@ def _load_reference(device: str) -> Ops:
         raise ImportError(f"{error}; install vivace[gpu]") from error
     counter = Counter()
     bound = _bind(lambda module: counter.counted(import_module(f"{module}.reference").run))
-    return Ops(memory=memory, progress=counter.read, recorder=None, **bound)
+    return Ops(memory=memory, progress=counter.read, recorder=None, isa=None, **bound)
 
 
 def _bind(bind: Callable[[str], Callable[..., None]]) -> dict[str, Callable[..., None]]:

@@ -80,7 +80,11 @@ class Library:
         create.restype, create.argtypes = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)
         destroy = self._library.vivace_context_destroy
         destroy.restype, destroy.argtypes = None, (ctypes.c_void_p,)
-        self._number, self._threads = self._isa(isa), threads
+        there = self.isas()
+        self.isa = list(there)[-1] if isa is None else isa
+        if self.isa not in there:
+            raise ValueError(f"isa must be one of {', '.join(there)} on this CPU, got {isa!r}")
+        self._number, self._threads = there[self.isa], threads
         self._context = create(self._number, threads)
         if self._context is None:
             raise MemoryError(f"no context with {threads} threads")
@@ -220,11 +224,3 @@ class Library:
                 found[name.decode()] = number
             number += 1
         return found
-
-    def _isa(self, isa: str | None) -> int:
-        there = self.isas()
-        if isa is None:
-            return list(there.values())[-1]
-        if isa not in there:
-            raise ValueError(f"isa must be one of {', '.join(there)} on this CPU, got {isa!r}")
-        return there[isa]

@@ -218,8 +218,7 @@ def test_both_backends_agree(llm):
 @pytest.mark.parametrize("isa", Library(threads=1).isas())
 def test_the_instruction_set_that_is_asked_for_is_the_one_that_runs(llm, isa):
     other = LLM(llm.directory, config=replace(config(llm.directory), cpu=CpuConfig(isa=isa)))
-    library = other.core._runner.ops.recorder._library
-    assert library._number == library.isas()[isa]
+    assert other.core.info.isa == other.core._runner.ops.isa == isa
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     [result] = other.generate(prompts_of(llm)[2], params)
     assert len(result.outputs[0].token_ids) == 8

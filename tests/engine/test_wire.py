@@ -114,7 +114,8 @@ INFO = st.builds(
     EngineInfo,
     **dict.fromkeys((field.name for field in fields(EngineInfo)), COUNT)
     | dict.fromkeys(("architecture", "dtype", "weights", "backend", "kv_dtype"), TEXT)
-    | {"eos_token_ids": st.lists(TOKEN, max_size=3).map(tuple), "load_s": SECONDS},
+    | {"eos_token_ids": st.lists(TOKEN, max_size=3).map(tuple), "load_s": SECONDS}
+    | {"isa": st.none() | TEXT},
 )
 PIECE = st.lists(st.none() | LOGPROBS, max_size=3).map(tuple)
 TO_ENGINE = {
