@@ -20,6 +20,10 @@ from vivace.kernels.buffer import DType, kv_head_bytes
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 FP32_BYTES = 4
+MEMORY_FILES = {  # of a cgroup, by controller: its limit, and what is used of it
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +53,18 @@ class Plan:
 def read_machine() -> Machine:
     """CPUs by affinity and cgroup quota; memory that is free, by the kernel and by the cgroup."""
     cpus = len(os.sched_getaffinity(0))
-    free = _meminfo_available()
-    for group in _cgroups():
-        quota = _words(group / "cpu.max")
-        if len(quota) == 2 and quota[0] != "max":
+    quotas = [_words(group / "cpu.max") for group in _cgroups("")]
+    for group in _cgroups("cpu"):
+        quotas.append([*_words(group / "cpu.cfs_quota_us"), *_words(group / "cpu.cfs_period_us")])
+    for quota in quotas:
+        if len(quota) == 2 and quota[0] not in ("max", "-1"):
             cpus = min(cpus, max(1, int(quota[0]) // int(quota[1])))
-        limit, used = _words(group / "memory.max"), _words(group / "memory.current")
-        if limit and used and limit[0] != "max":
-            free = min(free, max(0, int(limit[0]) - int(used[0])))
+    free = _meminfo_available()
+    for controller, (limit_file, used_file) in MEMORY_FILES.items():
+        for group in _cgroups(controller):
+            limit, used = _words(group / limit_file), _words(group / used_file)
+            if limit and used and limit[0] != "max":
+                free = min(free, max(0, int(limit[0]) - int(used[0]) + _file_bytes(group)))
     return Machine(num_cpus=cpus, free_bytes=free)
 
 
@@ -181,14 +189,23 @@ def _meminfo_available() -> int:
     raise ConfigError("/proc/meminfo does not say how much memory is available")
 
 
-def _cgroups() -> list[Path]:
-    """This process's cgroup (version 2) and those above it, whose limits hold too."""
-    root = Path("/sys/fs/cgroup")
+def _cgroups(controller: str) -> list[Path]:
+    """This process's cgroup and those above it, whose limits hold too. Version 2 has one tree, of controller "", version 1 a
+    tree for each; in a container the path may be the host's, and then the root is the container's own group."""
+    root = Path("/sys/fs/cgroup", controller)
     for line in _lines(Path("/proc/self/cgroup")):
-        if line.startswith("0::"):
-            group = root / line[3:].lstrip("/")
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            group = root / path.lstrip("/")
             return [group, *(p for p in group.parents if p.is_relative_to(root))]
     return []
+
+
+def _file_bytes(group: Path) -> int:
+    """Of a cgroup's memory and that of those below it, pages of files, which the kernel takes back before it runs short."""
+    stat = dict(line.split() for line in _lines(group / "memory.stat"))
+    of_all = "total_" if "total_active_file" in stat else ""  # version 1 has both
+    return sum(int(stat.get(of_all + name, 0)) for name in ("active_file", "inactive_file"))
 
 
 def _words(path: Path) -> list[str]:

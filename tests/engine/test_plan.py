@@ -86,11 +86,28 @@ def test_this_machine_can_be_read():
     assert machine.num_cpus >= 1 and machine.free_bytes > 1 << 20
 
 
-BOX = "/sys/fs/cgroup/pod/box"
+BOX, OF_CPU = "/sys/fs/cgroup/pod/box", "/sys/fs/cgroup/cpu"
+OLD = {"/proc/self/cgroup": "4:cpu,cpuacct:/pod/box\n3:memory:/pod/box\n1:name=systemd:/pod/box"}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What is read of a machine with six CPUs and these files of the kernel's."""
+
+    def read(files):
+        files = {"/proc/self/cgroup": "1:name=systemd:/\n0::/pod/box"} | files
+        monkeypatch.setattr(
+            "vivace.engine.plan._lines", lambda path: files.get(str(path), "").splitlines()
+        )
+        return read_machine()
+
+    monkeypatch.setattr("vivace.engine.plan._meminfo_available", lambda: 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(2, 8)))
+    return read
 
 
 @pytest.mark.parametrize(
-    ("quotas", "cpus"),
+    ("files", "cpus"),
     [
         ({}, 6),
         ({f"{BOX}/cpu.max": "max 100000"}, 6),
@@ -98,34 +115,35 @@ BOX = "/sys/fs/cgroup/pod/box"
         ({f"{BOX}/cpu.max": "max 100000", "/sys/fs/cgroup/pod/cpu.max": "250000 100000"}, 2),
         ({f"{BOX}/cpu.max": "50000 100000"}, 1),
         ({f"{BOX}/cpu.max": "6400000 100000"}, 6),
+        ({"/sys/fs/cgroup/cpu.max": "300000 100000"}, 3),  # a container sees its own as the root
         ({"/sys/fs/cgroup/other/cpu.max": "100000 100000"}, 6),
+        (OLD | {f"{OF_CPU}/cpu.cfs_quota_us": "-1", f"{OF_CPU}/cpu.cfs_period_us": "100000"}, 6),
+        (
+            OLD | {f"{OF_CPU}/cpu.cfs_quota_us": "200000", f"{OF_CPU}/cpu.cfs_period_us": "100000"},
+            2,
+        ),
     ],
 )
-def test_cpus_are_those_of_the_affinity_and_of_every_cgroup_s_quota(monkeypatch, quotas, cpus):
-    files = {"/proc/self/cgroup": "1:name=systemd:/\n0::/pod/box"} | quotas
-    monkeypatch.setattr(
-        "vivace.engine.plan._lines", lambda path: files.get(str(path), "").splitlines()
-    )
-    monkeypatch.setattr("vivace.engine.plan._meminfo_available", lambda: 100)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(2, 8)))
-    assert read_machine() == Machine(num_cpus=cpus, free_bytes=100)
+def test_cpus_are_those_of_the_affinity_and_of_every_cgroup_s_quota(machine, files, cpus):
+    assert machine(files) == Machine(num_cpus=cpus, free_bytes=100)
 
 
-def test_memory_is_what_every_cgroup_leaves(monkeypatch):
+def test_memory_is_what_every_cgroup_leaves(machine):
     files = {
-        "/proc/self/cgroup": "0::/pod/box",
         f"{BOX}/memory.max": "max",
         f"{BOX}/memory.current": "5",
         "/sys/fs/cgroup/pod/memory.max": "70",
         "/sys/fs/cgroup/pod/memory.current": "30",
     }
-    monkeypatch.setattr(
-        "vivace.engine.plan._lines", lambda path: files.get(str(path), "").splitlines()
-    )
-    monkeypatch.setattr("vivace.engine.plan._meminfo_available", lambda: 100)
-    assert read_machine().free_bytes == 40
-    files["/sys/fs/cgroup/pod/memory.current"] = "90"
-    assert read_machine().free_bytes == 0
+    assert machine(files).free_bytes == 40
+    assert machine(files | {"/sys/fs/cgroup/pod/memory.current": "90"}).free_bytes == 0
+    stat = "anon 10\nfile 18\ninactive_file 12\nactive_file 3\nfile_mapped 2"
+    assert machine(files | {"/sys/fs/cgroup/pod/memory.stat": stat}).free_bytes == 55
+    at = "/sys/fs/cgroup/memory/pod/box/memory"
+    old = {f"{at}.limit_in_bytes": "60", f"{at}.usage_in_bytes": "50", f"{at}.stat": stat}
+    assert machine(OLD | old).free_bytes == 25
+    old[f"{at}.stat"] += "\ntotal_inactive_file 20\ntotal_active_file 10"
+    assert machine(OLD | old).free_bytes == 40
 
 
 @pytest.mark.parametrize(
