@@ -28,7 +28,7 @@ void by_experts(const Args& a, const Multiply& multiply) {
   alignas(64) uint8_t q[kGatheredBytes];
   float params[2 * kMostGathered];
   int64_t places[kMostGathered];
-  const int64_t num_slots = a.T * a.K, most = std::min(kMostGathered, kGatheredBytes / std::max<int64_t>(a.I, 1));
+  const int64_t num_slots = a.T * a.K, most = std::min(kMostGathered, kGatheredBytes / std::max(int64_t(a.I), int64_t(1)));
   QuantizedRows rows{q, params, a.out, places, 0, a.N};
   for (int64_t e = 0; e < a.E; ++e) {
     rows.count = 0;
