@@ -30,7 +30,14 @@ from vivace.engine.models.generation_config import read_generation_defaults
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Program
 from vivace.engine.models.quantize import Quantize, place
-from vivace.engine.plan import Plan, make_plan, num_parameters, program_of, read_machine
+from vivace.engine.plan import (
+    Plan,
+    make_plan,
+    num_parameters,
+    program_of,
+    read_machine,
+    weight_dtype,
+)
 from vivace.engine.prefix import PrefixIndex
 from vivace.engine.request import Request
 from vivace.engine.runner import Runner
@@ -341,7 +348,7 @@ def load(
         eos_token_ids=read_generation_defaults(config.model).eos_token_ids,
         num_parameters=num_parameters(program),
         weights=f"{plan.weight_kinds}; {origin}",
-        dtype="fp32" if config.weights.quantize is Quantize.NONE else config.weights.quantize.value,
+        dtype=weight_dtype(config, program),
         backend=config.backend.value,
         threads=plan.threads,
         block_tokens=config.cache.block_tokens,

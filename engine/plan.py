@@ -14,6 +14,7 @@ from vivace.engine.models.decoder import emit
 from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of, weight_bytes
 from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
+from vivace.engine.models.weights import as_stored
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
 from vivace.kernels.buffer import DType, kv_head_bytes
@@ -71,6 +72,8 @@ def read_machine() -> Machine:
 def program_of(config: Config, spec: ModelSpec) -> Program:
     """What the engine of this config runs."""
     plain = emit(spec, DType(config.cache.dtype.value))
+    if config.weights.quantize is Quantize.NONE:
+        return as_stored(config.model, plain, spec.architecture)
     return quantize(plain, config.weights.quantize, config.weights.group)
 
 
@@ -154,6 +157,15 @@ def weight_kinds(program: Program) -> str:
         found[kind] = found.get(kind, 0) + weight_bytes(value)
     kinds = sorted(found, key=lambda kind: -found[kind])
     return ", ".join(f"{kind} {found[kind] / 2**20:,.1f} MiB" for kind in kinds)
+
+
+def weight_dtype(config: Config, program: Program) -> str:
+    """What most matrices are kept in, in a word."""
+    kinds = {value.dtype for value in values_of(program) if value.kind is Kind.WEIGHT}
+    plain = DType.BF16 if DType.BF16 in kinds else DType.FP32
+    kind = config.weights.quantize
+    word: str = plain.value if kind is Quantize.NONE else kind.value
+    return word
 
 
 def num_active_parameters(program: Program, spec: ModelSpec) -> int:

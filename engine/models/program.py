@@ -101,7 +101,7 @@ def weight_bytes(value: Value) -> int:
     shape = sized(value.shape, {})
     if value.is_quantized:
         return packed_bytes(shape, value.group)
-    return 4 * prod(shape)
+    return (2 if value.dtype is DType.BF16 else 4) * prod(shape)
 
 
 def num_experts(weight: Value) -> int:

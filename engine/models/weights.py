@@ -21,6 +21,7 @@ from vivace.engine.errors import ArtifactError
 from vivace.engine.models.architecture import Architecture, read_architecture
 from vivace.engine.models.json_fields import read_fields, refuse_pipe
 from vivace.engine.models.program import Kind, Program, Value, sized, values_of
+from vivace.kernels.buffer import DType
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -52,6 +53,7 @@ BITS = {
 MAX_DIMENSIONS = 8
 SLAB_BYTES = 16 << 20  # of a file, that are read before their pages are given back
 FORMATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # that can be read
+MATRICES = {"linear": 1, "expert_linear": 2, "embed": 1}  # op -> which of `ins` may be bf16
 # Tensors of old checkpoints that follow from the config.
 HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -143,7 +145,7 @@ def load(
     place: Callable[[Value, Array], Any] = lambda value, array: array,
 ) -> dict[str, Any]:
     """The weights of the program by our names; the architecture's file knows the checkpoint's. `place` makes of each, in
-    fp32, what is kept of it.
+    fp32 or the bits of bf16 as the program says, what is kept of it.
 
     An fp32 tensor that is a weight by itself stays a view of the mapped file. Raises ArtifactError
     naming the file or the tensor, and then nothing was converted yet.
@@ -159,6 +161,38 @@ def load(
         done += sum(tensors[piece.tensor].num_bytes for piece in parts)
         progress(done, total)
     return weights
+
+
+def as_stored(directory: Path, program: Program, architecture: str) -> Program:
+    """The program with bf16 for those matrices that the checkpoint has in bf16 and that ops read so: half the memory for the
+    same numbers. As it was for a checkpoint that cannot be read, which `load` then refuses."""
+    try:
+        tensors = open_checkpoint(directory)
+    except ArtifactError:
+        return program
+    names = read_architecture(architecture)
+    as_matrix = {call.ins[MATRICES[call.op]] for call in program.calls if call.op in MATRICES}
+    otherwise = {
+        value
+        for call in program.calls
+        for i, value in enumerate(call.ins)
+        if MATRICES.get(call.op) != i
+    }
+    small = {
+        value: replace(value, dtype=DType.BF16)
+        for value in as_matrix - otherwise
+        if value.kind is Kind.WEIGHT
+        and not value.plus
+        and all(
+            piece.tensor in tensors and tensors[piece.tensor].dtype == "BF16"
+            for piece in pieces_of(value, names)
+        )
+    }
+    calls = tuple(
+        replace(call, ins=tuple(small.get(value, value) for value in call.ins))
+        for call in program.calls
+    )
+    return replace(program, calls=calls)
 
 
 def check(directory: Path, program: Program, architecture: str) -> None:
@@ -414,18 +448,19 @@ def strips_of(pieces: list[Piece], tensors: Mapping[str, Tensor], expert: int) -
 
 
 def joined(value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> Array:
-    """One weight in fp32. It stays in the file where nothing has to be done to it."""
+    """One weight in its type. It stays in the file where it is fp32 and nothing has to be done to it."""
     tensor = tensors[pieces[0].tensor]
     is_as_stored = tensor.dtype == "F32" and tensor.start % 4 == 0 and not value.plus
     if len(pieces) == 1 and is_as_stored and not pieces[0].transposed | pieces[0].interleaved:
         return tensor.raw().view(np.float32).reshape(value.shape)
-    out = np.empty(sized(value.shape, {}), np.float32)
+    kind = np.uint16 if value.dtype is DType.BF16 else np.float32
+    out = np.empty(sized(value.shape, {}), kind)
     join(out, value, pieces, tensors)
     return out
 
 
 def join(out: Array, value: Value, pieces: list[Piece], tensors: Mapping[str, Tensor]) -> None:
-    """Write one weight in fp32."""
+    """Write one weight in fp32, or one that is stored so in bf16."""
     for piece in pieces:
         _read_into(out[piece.place], piece, tensors[piece.tensor])
     if value.plus:
@@ -446,7 +481,7 @@ def _read_into(out: Array, piece: Piece, tensor: Tensor) -> None:
 
 
 def _convert(out: Array, stored: Array) -> None:
-    if stored.dtype == np.uint16:  # bf16: the upper half of an fp32
+    if stored.dtype == np.uint16 and out.dtype == np.float32:  # bf16: the upper half of an fp32
         np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         out[...] = stored

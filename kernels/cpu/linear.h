@@ -16,6 +16,7 @@ constexpr int64_t kBlock = 1024;                 // inputs: of a tile's rows of 
 constexpr int kTileRows = 4;
 constexpr int kTileOutputs = kWidth == 16 ? 6 : 3;  // 24 or 12 sums
 constexpr int kRowOutputs = 8;                   // of one row alone
+constexpr int64_t kWidenFrom = 16;               // rows, from which on W of bf16 is made fp32 a block at a time
 constexpr int64_t kSmall = 1 << 17;              // multiplications that one thread does sooner than two have met
 
 // Rows from anywhere, and where the results of each go.
@@ -30,6 +31,8 @@ struct Matrix {
   const Weight* weight;  // [N, K]
   const float* bias;     // [N] or null
   int64_t K;
+  int64_t stride;        // from a row of W to the next
+  int64_t row, input;    // those of the first element that is there
 };
 
 // R rows of x by C rows of W, inputs begin..end-1: R * C vectors of sums, `saved` between the blocks of inputs.
@@ -37,8 +40,8 @@ template <int R, int C, typename Weight>
 void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, int64_t begin, int64_t end, Vec* saved) {
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = rows.x[first + r];
-  const Weight* w = m.weight + n * m.K;
-  const Weight* ahead = first == 0 ? w + C * m.K : w;  // the rows of W that come next: each is a stream too short to be foreseen
+  const Weight* w = m.weight + (n - m.row) * m.stride - m.input;
+  const Weight* ahead = first == 0 ? w + C * m.stride : w;  // rows of W that come next: streams too short to be foreseen
   Vec sum[R * C];
 #pragma GCC unroll 24
   for (int i = 0; i < R * C; ++i) sum[i] = begin > 0 ? saved[i] : Vec{};
@@ -47,8 +50,8 @@ void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, i
     Vec wv[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      wv[c] = load_any(w + c * m.K + k);
-      __builtin_prefetch(ahead + c * m.K + k);
+      wv[c] = load_any(w + c * m.stride + k);
+      __builtin_prefetch(ahead + c * m.stride + k);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -63,7 +66,7 @@ void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, i
       const Vec xv = load_first(x[r] + k, end - k);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c)
-        sum[r * C + c] = fma(xv, load_any_first(w + c * m.K + k, end - k), sum[r * C + c]);
+        sum[r * C + c] = fma(xv, load_any_first(w + c * m.stride + k, end - k), sum[r * C + c]);
     }
   }
   if (end < m.K) {
@@ -78,16 +81,43 @@ void tile(const Rows& rows, int64_t first, const Matrix<Weight>& m, int64_t n, i
       rows.out[first + r][n + c] = m.bias ? total[r * C + c] + m.bias[n + c] : total[r * C + c];
 }
 
+// Inputs begin..end-1 of all rows.
+template <int C, typename Weight>
+void block(const Rows& rows, const Matrix<Weight>& m, int64_t n, int64_t begin, int64_t end, Vec* saved) {
+  int64_t r = 0;
+  if constexpr (C <= kTileOutputs)
+    for (; r + kTileRows <= rows.count; r += kTileRows) tile<kTileRows, C>(rows, r, m, n, begin, end, saved + r * C);
+  for (; r < rows.count; ++r) tile<1, C>(rows, r, m, n, begin, end, saved + r * C);
+}
+
+// The same by way of fp32, which many rows make up for.
+template <int C>
+void widened_block(const Rows& rows, const Matrix<uint16_t>& m, int64_t n, int64_t begin, int64_t end, Vec* saved) {
+  alignas(64) float wide[C][kBlock];
+  const int64_t count = end - begin;
+  for (int c = 0; c < C; ++c) {
+    const uint16_t* w = m.weight + (n + c) * m.stride + begin;
+    int64_t k = 0;
+    for (; k + kWidth <= count; k += kWidth) store(wide[c] + k, load_any(w + k));
+    if (k < count) store(wide[c] + k, load_any_first(w + k, count - k));
+  }
+  block<C>(rows, Matrix<float>{wide[0], m.bias, m.K, kBlock, n, begin}, n, begin, end, saved);
+}
+
 template <int C, typename Weight>
 void outputs(const Rows& rows, const Matrix<Weight>& m, int64_t n) {
   Vec saved[kRowTile * C];
   int64_t begin = 0;
   do {  // once if K is 0
     const int64_t end = std::min(begin + kBlock, m.K);
-    int64_t r = 0;
-    if constexpr (C <= kTileOutputs)
-      for (; r + kTileRows <= rows.count; r += kTileRows) tile<kTileRows, C>(rows, r, m, n, begin, end, saved + r * C);
-    for (; r < rows.count; ++r) tile<1, C>(rows, r, m, n, begin, end, saved + r * C);
+    if constexpr (sizeof(Weight) == 2) {
+      if (rows.count >= kWidenFrom)
+        widened_block<C>(rows, m, n, begin, end, saved);
+      else
+        block<C>(rows, m, n, begin, end, saved);
+    } else {
+      block<C>(rows, m, n, begin, end, saved);
+    }
     begin = end;
   } while (begin < m.K);
 }
@@ -113,7 +143,7 @@ void piece(const void* args, int64_t begin, int64_t end) {
       rows.x[r] = a.x + (t + r) * a.K;
       rows.out[r] = a.out + (t + r) * a.N;
     }
-    multiply<Weight>(rows, {static_cast<const Weight*>(a.weight), a.bias, a.K}, begin, end);
+    multiply<Weight>(rows, {static_cast<const Weight*>(a.weight), a.bias, a.K, a.K, 0, 0}, begin, end);
   }
 }
 
@@ -125,7 +155,7 @@ void expert_piece(const void* args, int64_t begin, int64_t end) {
   Rows rows;
   for (int64_t e = 0; e < a.E; ++e) {
     const Matrix<Weight> expert{static_cast<const Weight*>(a.weight) + e * a.N * a.I, a.bias ? a.bias + e * a.N : nullptr,
-                                a.I};
+                                a.I, a.I, 0, 0};
     rows.count = 0;
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       if (a.experts[slot] != e) continue;

@@ -19,6 +19,7 @@ from tests.tiny_models import make_checkpoint
 from vivace.engine.config import Config, WeightsConfig
 from vivace.engine.errors import ArtifactError
 from vivace.engine.models import packed_cache, packing, weights
+from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.packing import Work
 from vivace.engine.models.program import Kind, values_of
@@ -85,7 +86,7 @@ def test_every_matrix_is_the_checkpoint_s_rounded_to_the_nearest(tmp_path, name,
     kind, overrides = MODELS[name]
     directory = make_checkpoint(tmp_path, kind, dtype=dtype, **overrides)
     program, found, _ = program_and_weights(directory, way)
-    plain = program_of(Config(model=directory), read_spec(directory))
+    plain = emit(read_spec(directory))
     fp32 = weights.load(directory, plain, read_spec(directory).architecture, lambda a, b: None)
     matrices = 0
     for value in values_of(program):
