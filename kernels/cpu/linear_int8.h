@@ -1,15 +1,17 @@
-// y = x W^T + bias of quantized rows by an int8 matrix, or by that of an expert. Threads split the tiles; each passes all rows
-// by a tile while it is in the cache. Bound by reading W up to 8 rows or so, by multiplying beyond.
+// y = x W^T + bias of quantized rows by an int8 matrix, or by that of an expert. Threads split the tiles, or many rows, which
+// then stay in a thread's own caches from op to op; each passes all its rows by a tile while that is in the cache. Bound by
+// reading W up to 8 rows or so, by multiplying beyond.
 //
-// `Sums` is an instruction set's: `template <int R> static void rows(out, q, stride, w, K)` gives out[R][32] = the int32 sums over
-// K of R rows, each `stride` bytes behind the other, with one tile. They are exact, so no order of additions shows. R is at most
-// kMostRows, or 16 if that is more than 8.
+// `Sums` is an instruction set's: `template <int R> static void rows(out, q, stride, w, K, next)` gives out[R][32] = the int32 sums
+// over K of R rows, each `stride` bytes behind the other, with one tile. They are exact, so no order of additions shows. R is at
+// most kMostRows, or 16 if that is more than 8. `next`, if it is not null, is a tile that may be fetched meanwhile.
 #pragma once
 #include "packed.h"
 #include "quantized_rows.h"
 
 namespace {
 
+constexpr int64_t kManyRows = 128;  // of each thread: from here on it reads all of W rather than share its rows with others
 constexpr int64_t kFewRows = 48;  // up to here a tile's way from memory is worth hiding behind the sums of 16 rows
 
 // Four bytes of a row, of which `count` are left.
@@ -38,7 +40,8 @@ struct LinearInt8 {
       for (int r = 0; r < R; ++r)
         for (int64_t n = 0; n < count; n += 16) __builtin_prefetch(rows.result(t + r) + first + n, 1);
     alignas(64) int32_t sums[R][kTile];
-    Sums::template rows<R>(sums, rows.q + t * m.K, m.K, m.tile(tile), m.K);
+    const bool is_last_of_many = t > 0 && t + R == rows.count;
+    Sums::template rows<R>(sums, rows.q + t * m.K, m.K, m.tile(tile), m.K, is_last_of_many ? m.tile(tile + 1) : nullptr);
     for (int r = 0; r < R; ++r) {
       const float scale = rows.params[2 * (t + r)];
       const int32_t zero = int32_t(rows.params[2 * (t + r) + 1]);
@@ -81,6 +84,12 @@ struct LinearInt8 {
     multiply({a.q, a.params, a.out, nullptr, a.T, a.N}, {a.weight, a.N, a.K}, a.bias, begin, end);
   }
 
+  static void some_rows(const void* args, int64_t begin, int64_t end) {
+    const auto& a = *static_cast<const cpu::LinearInt8Args*>(args);
+    const Int8Matrix m{a.weight, a.N, a.K};
+    multiply({a.q + begin * a.K, a.params + 2 * begin, a.out + begin * a.N, nullptr, end - begin, a.N}, m, a.bias, 0, m.tiles());
+  }
+
   static void expert_tiles(const void* args, int64_t begin, int64_t end) {
     const auto& a = *static_cast<const cpu::ExpertLinearInt8Args*>(args);
     by_experts(a, [&](const QuantizedRows& rows, int64_t e) {
@@ -91,7 +100,10 @@ struct LinearInt8 {
   }
 
   static void run(cpu::Pool& pool, const cpu::LinearInt8Args& a) {
-    if (a.T > 0) pool.for_range(up(a.N, kTile), 1, tiles, &a);
+    if (a.T >= kManyRows * pool.threads())
+      pool.for_range(a.T, 1, some_rows, &a);
+    else if (a.T > 0)
+      pool.for_range(up(a.N, kTile), 1, tiles, &a);
   }
 
   static void run_experts(cpu::Pool& pool, const cpu::ExpertLinearInt8Args& a) {

@@ -52,7 +52,7 @@ struct Sums {
   static constexpr int kMostRows = 3;  // 12 sums, 3 vectors of rows and one of weights: all 16 registers
 
   template <int R>
-  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K) {
+  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K, const int8_t*) {
     if constexpr (R == 1) {
       sum<1, 8>(out, q, stride, w, K);
     } else {  // half the outputs at a time

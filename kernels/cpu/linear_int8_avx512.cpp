@@ -4,8 +4,8 @@
 
 namespace {
 
-// Sums over K inputs, added to what `out` has unless it `begins`. Of each step's 128 bytes `ahead` is fetched: at 2 KB from
-// there, or, where `kIsPart`, half of them, since the same inputs pass twice.
+// Sums over K inputs, added to what `out` has unless it `begins`. At each step 128 bytes of `ahead` are fetched, or, where
+// `kIsPart`, half of them, since the same inputs pass twice.
 template <int R, bool kIsPart>
 [[gnu::noinline]] void sum(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K, const int8_t* ahead,
                            bool begins) {
@@ -56,9 +56,9 @@ struct Sums {
   static constexpr int64_t kPart = 512;  // inputs: twice 16 KB of weights and 8 KB of rows are in the cache
 
   template <int R>
-  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K) {
+  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t stride, const int8_t* w, int64_t K, const int8_t* next) {
     if constexpr (R <= kMostRows) {
-      sum<R, false>(out, q, stride, w, K, w + 2048, true);
+      sum<R, false>(out, q, stride, w, K, next ? next : w + 2048, true);
     } else {
       // Part by part twice 8 rows, which fetch the next part meanwhile: so memory works as long as the multipliers do.
       static_assert(R == 16);
@@ -66,9 +66,9 @@ struct Sums {
       int64_t k = 0;
       do {
         const int64_t inputs = std::min(part, K - k);
-        const int8_t *at = w + k * kTile, *next = at + up(inputs, 4) * 4 * kTile;
-        sum<8, true>(out, q + k, stride, at, inputs, next, k == 0);
-        sum<8, true>(out + 8, q + 8 * stride + k, stride, at, inputs, next + inputs * kTile / 2, k == 0);
+        const int8_t *at = w + k * kTile, *ahead = at + up(inputs, 4) * 4 * kTile;
+        sum<8, true>(out, q + k, stride, at, inputs, ahead, k == 0);
+        sum<8, true>(out + 8, q + 8 * stride + k, stride, at, inputs, ahead + inputs * kTile / 2, k == 0);
       } while ((k += part) < K);
     }
   }

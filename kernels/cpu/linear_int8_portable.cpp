@@ -6,7 +6,7 @@ struct Sums {
   static constexpr int kMostRows = 1;
 
   template <int R>
-  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t, const int8_t* w, int64_t K) {
+  static void rows(int32_t (*out)[kTile], const uint8_t* q, int64_t, const int8_t* w, int64_t K, const int8_t*) {
     int32_t sums[kTile] = {};
     for (int64_t k = 0; k < K; ++k) {
       const int8_t* of_input = w + k / 4 * 4 * kTile + k % 4;

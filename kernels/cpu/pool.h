@@ -31,6 +31,7 @@ class Pool {
   void for_range(int64_t count, int64_t grain, Task* task, const void* args);
   void begin();
   void end();
+  int64_t threads() const { return threads_; }
 
  private:
   void work();
