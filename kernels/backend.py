@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from vivace.kernels import (
@@ -46,6 +47,7 @@ class Backend(Enum):
 
     REFERENCE = "reference"  # torch, any device: the specification
     CPU = "cpu"  # NumPy arrays and our C++ library, no torch
+    TRITON = "triton"  # torch tensors and our Triton kernels, on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +98,19 @@ def load(
     isa: str | None = None,
     device: str | None = None,
 ) -> Ops:
-    """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for REFERENCE.
+    """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for the others.
 
-    Raises ImportError saying what to install or build if the backend is not there.
+    An op that the backend does not have raises NotImplementedError when it is called. Raises ImportError saying what to
+    install or build if the backend is not there.
     """
     if backend is Backend.CPU:
         if device is not None:
-            raise ValueError(f"device is for the reference backend, got {device!r}")
+            raise ValueError(f"device is for the other backends, got {device!r}")
         return _load_cpu(1 if threads is None else threads, isa)
     if threads is not None or isa is not None:
         raise ValueError(f"threads and isa are for the CPU backend, got {threads!r} and {isa!r}")
+    if backend is Backend.TRITON:
+        return _load_triton("cuda" if device is None else device)
     return _load_reference("cpu" if device is None else device)
 
 
@@ -113,7 +118,7 @@ def _load_cpu(threads: int, isa: str | None) -> Ops:
     library = import_module("vivace.kernels.cpu.library").Library(threads=threads, isa=isa)
     recorder = import_module("vivace.kernels.cpu.recorder").CpuRecorder(library)
     memory = import_module("vivace.kernels.memory.cpu").CpuMemory(library)
-    bound = _bind(lambda module: import_module(f"{module}.cpu").bind(library))
+    bound = _bind(Backend.CPU, lambda module: module.bind(library))
     return Ops(
         memory=memory, progress=library.progress, recorder=recorder, isa=library.isa, **bound
     )
@@ -125,17 +130,42 @@ def _load_reference(device: str) -> Ops:
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install vivace[gpu]") from error
     counter = Counter()
-    bound = _bind(lambda module: counter.counted(import_module(f"{module}.reference").run))
+    bound = _bind(Backend.REFERENCE, lambda module: counter.counted(module.run))
     return Ops(memory=memory, progress=counter.read, recorder=None, isa=None, **bound)
 
 
-def _bind(bind: Callable[[str], Callable[..., None]]) -> dict[str, Callable[..., None]]:
+def _load_triton(device: str) -> Ops:
+    try:
+        launcher = import_module("vivace.kernels.gpu.launcher").Launcher(device)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install vivace[gpu]") from error
+    memory = import_module("vivace.kernels.memory.triton").TritonMemory(launcher.device)
+    counter = Counter()
+    bound = _bind(Backend.TRITON, lambda module: counter.counted(module.bind(launcher)))
+    return Ops(memory=memory, progress=counter.read, recorder=None, isa=None, **bound)
+
+
+def _bind(
+    backend: Backend, bind: Callable[[Any], Callable[..., None]]
+) -> dict[str, Callable[..., None]]:
     names = [one.name for one in fields(Ops) if one.name not in NO_OPS]
-    modules = {name: f"vivace.kernels.{name}" for name in names}
-    return {
-        name: _checked(import_module(module).check, bind(module))
-        for name, module in modules.items()
-    }
+    return {name: _bind_one(backend, name, bind) for name in names}
+
+
+def _bind_one(
+    backend: Backend, name: str, bind: Callable[[Any], Callable[..., None]]
+) -> Callable[..., None]:
+    module = f"vivace.kernels.{name}.{backend.value}"
+    if find_spec(module) is None:
+        return _lacking(backend, name)
+    return _checked(import_module(f"vivace.kernels.{name}").check, bind(import_module(module)))
+
+
+def _lacking(backend: Backend, name: str) -> Callable[..., None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"backend {backend.value!r} has no op {name!r}")
+
+    return refuse
 
 
 class Counter:

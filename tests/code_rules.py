@@ -24,7 +24,7 @@ BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.pope
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 HEAVY = {"torch", "triton", "transformers", "onnx", "onnxruntime", "tensorrt_llm"}
 HEAVY_INSIDE = re.compile(r"(^|/)(runtimes|export)/")
-TORCH_FILES = re.compile(r"^(kernels/.*/(reference|triton)\.py$|compression/)")
+TORCH_FILES = re.compile(r"^(kernels/.*/(reference|triton)\.py$|kernels/gpu/|compression/)")
 OPEN_PARAMETERS = {  # binders and the client
     "kernels/backend.py",
     "serving/client/aio.py",

@@ -1,11 +1,13 @@
-"""What holds for every test: no memory that looks zero by luck, one thread, the same examples."""
+"""What holds for every test: no memory that looks zero by luck, one thread, the same examples, Triton interpreted."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 torch.set_num_threads(1)

@@ -40,13 +40,18 @@ def types() -> None:
 
 
 def fast() -> None:
-    """Every test that is not marked slow."""
-    run("pytest", "-q", "-n", "2", "-m", "not slow")
+    """Every test that is not marked slow; Triton's interpreter is."""
+    run("pytest", "-q", "-n", "2", "-m", "not slow and not triton")
 
 
 def part(name: str) -> Callable[[], None]:
-    """All tests of one part of the tree."""
-    return lambda: run("pytest", "-q", "-n", "2", *PARTS[name])
+    """All tests of one part of the tree, but those that interpret Triton kernels."""
+    return lambda: run("pytest", "-q", "-n", "2", "-m", "not triton", *PARTS[name])
+
+
+def triton() -> None:
+    """Every test that interprets Triton kernels."""
+    run("pytest", "-q", "-n", "2", "-m", "triton", "tests")
 
 
 def sanitize() -> None:
@@ -140,8 +145,8 @@ def main(names: list[str]) -> int:
     """Run the named stages; returns the exit status."""
     stages: dict[str, Callable[[], None]] = {"lint": lint, "types": types, "fast": fast}
     stages |= {name: part(name) for name in PARTS}
-    stages |= {"sanitize": sanitize, "package": package}
-    wanted = [one for name in names for one in (PARTS if name == "all" else (name,))]
+    stages |= {"triton": triton, "sanitize": sanitize, "package": package}
+    wanted = [one for name in names for one in ((*PARTS, "triton") if name == "all" else (name,))]
     times: list[tuple[str, float, str]] = []
     failed = False
     for name in wanted:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.cpu.library import Library
@@ -17,13 +18,17 @@ class Isa:
 
 ISAS = tuple(map(Isa, Library(threads=1).isas()))
 BACKENDS = (Backend.REFERENCE, *ISAS)
+TRITON = pytest.param(Backend.TRITON, marks=pytest.mark.triton)  # interpreted
+EVERYWHERE = (*BACKENDS, TRITON)  # for ops that Triton has
 
 
 def ops_of(backend, threads=1):
     """The ops of a backend; of the CPU, with the best instruction set unless one is named."""
     if isinstance(backend, Isa):
         return load(Backend.CPU, threads=threads, isa=backend.value)
-    return load(backend, threads=threads) if backend is Backend.CPU else load(backend)
+    if backend is Backend.CPU:
+        return load(backend, threads=threads)
+    return load(backend, device="cpu")
 
 
 def out(ops, *shape, dtype=np.float32):

@@ -80,7 +80,7 @@ def test_a_strided_array_is_refused_by_the_cpu():
             "isa must be one of portable.*on this CPU, got 'mmx'",
         ),
         ({"backend": Backend.CPU, "threads": 0}, "threads must be at least 1, got 0"),
-        ({"backend": Backend.CPU, "device": "cuda"}, "device is for the reference backend"),
+        ({"backend": Backend.CPU, "device": "cuda"}, "device is for the other backends"),
         ({"backend": Backend.REFERENCE, "threads": 2}, "threads and isa are for the CPU backend"),
     ],
 )

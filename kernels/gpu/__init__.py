@@ -1,0 +1,1 @@
+"""What stands between the ops written in Triton and a GPU."""
