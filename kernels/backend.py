@@ -15,6 +15,9 @@ from vivace.kernels import (
     add_rmsnorm,
     add_rmsnorm_quantize,
     attention,
+    block_meta_update,
+    block_score,
+    block_topk,
     embed,
     embed_int8,
     expert_linear,
@@ -22,6 +25,7 @@ from vivace.kernels import (
     expert_linear_int8,
     gated,
     gated_quantize,
+    kept_mass,
     kv_read,
     linear,
     linear_int4,
@@ -72,7 +76,11 @@ class Ops:
     add_rmsnorm_quantize: add_rmsnorm_quantize.Run
     rope_table: rope_table.Run
     rope_kv_write: rope_kv_write.Run
+    block_meta_update: block_meta_update.Run
+    block_score: block_score.Run
+    block_topk: block_topk.Run
     attention: attention.Run
+    kept_mass: kept_mass.Run
     gated: gated.Run
     gated_quantize: gated_quantize.Run
     softcap: softcap.Run

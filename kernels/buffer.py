@@ -59,6 +59,12 @@ def expect_weight_dtype(name: str, buffer: Buffer) -> None:
         )
 
 
+def expect_bf16(name: str, buffer: Buffer) -> None:
+    """Raise ValueError unless the elements are bf16, which on the CPU is uint16."""
+    if _name(buffer.dtype) not in ("bfloat16", "uint16"):
+        raise ValueError(f"{name} must hold bfloat16 (uint16 on the CPU), got {buffer.dtype}")
+
+
 def expect_dtype(name: str, buffer: Buffer, dtype: str) -> None:
     """Raise ValueError unless the elements are of this type (`float32`, `uint8`, `int32`, `int64`)."""
     if _name(buffer.dtype) != dtype:

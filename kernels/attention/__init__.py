@@ -7,6 +7,10 @@ Query head h reads KV head h // (H / G). Position p lies in block block_tables[b
 A softcap c > 0 makes c * tanh(s / c) of a scaled score s. A sink is one more logit of a head, which joins the softmax
 and has no value (GPT-OSS; arXiv:2309.17453). Softmax in fp32, added up over splits of 256 positions counted from
 position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
+
+With a selection (kernels.selection), the query heads of KV head g of request b attend to the first num_selected[b, g] units of
+selected[b, g] alone, as if their tokens lay side by side: splits are counted from the first of these. -1 is all of the context.
+Selecting every unit gives the bits of -1. There is no window then, and whoever has a selection has one row.
 """
 
 from typing import Protocol
@@ -28,6 +32,8 @@ class Run(Protocol):
         query_starts: Buffer,  # int32 [B + 1], ascending from 0
         context_lens_B: Buffer,  # int32, this step's rows included
         sinks_H: Buffer | None = None,  # fp32
+        selected_BGXZ: Buffer | None = None,  # int32, from block_topk
+        num_selected_BG: Buffer | None = None,  # int32, with `selected`
         *,
         num_kv_heads: int,
         scale: float,
@@ -44,6 +50,8 @@ def check(
     query_starts: Buffer,
     context_lens_B: Buffer,
     sinks_H: Buffer | None = None,
+    selected_BGXZ: Buffer | None = None,
+    num_selected_BG: Buffer | None = None,
     *,
     num_kv_heads: int,
     scale: float,
@@ -70,9 +78,31 @@ def check(
     if sinks_H is not None:
         expect("sinks", sinks_H, H)
         expect_dtype("sinks", sinks_H, "float32")
+    check_selection(block_tables_BX, selected_BGXZ, num_selected_BG, num_kv_heads, window)
     if window < 0:
         raise ValueError(f"window must be at least 0, got {window}")
     if not softcap >= 0:
         raise ValueError(f"softcap must be at least 0, got {softcap}")
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+
+
+def check_selection(
+    block_tables_BX: Buffer,
+    selected_BGXZ: Buffer | None,
+    num_selected_BG: Buffer | None,
+    num_kv_heads: int,
+    window: int,
+) -> None:
+    """Raise ValueError unless this is a selection from these tables, or none."""
+    if (selected_BGXZ is None) != (num_selected_BG is None):
+        raise ValueError("selected and num_selected are given together or not at all")
+    if selected_BGXZ is None or num_selected_BG is None:
+        return
+    B, X = block_tables_BX.shape
+    expect("selected", selected_BGXZ, B, num_kv_heads, X, None)
+    expect("num_selected", num_selected_BG, B, num_kv_heads)
+    expect_dtype("selected", selected_BGXZ, "int32")
+    expect_dtype("num_selected", num_selected_BG, "int32")
+    if window:
+        raise ValueError(f"window must be 0 with a selection, got {window}")

@@ -3,6 +3,7 @@
 import torch
 
 from vivace.kernels.kv_read.reference import widened
+from vivace.kernels.selection import unit_tokens
 
 
 def run(
@@ -13,6 +14,8 @@ def run(
     query_starts: torch.Tensor,
     context_lens_B: torch.Tensor,
     sinks_H: torch.Tensor | None = None,
+    selected_BGXZ: torch.Tensor | None = None,
+    num_selected_BG: torch.Tensor | None = None,
     *,
     num_kv_heads: int,
     scale: float,
@@ -46,7 +49,21 @@ def run(
         if window:
             hidden |= position <= row_position - window
         scores = scores.masked_fill(hidden, -float("inf"))
+        if selected_BGXZ is not None and num_selected_BG is not None:
+            is_kept = _kept(selected_BGXZ[b], num_selected_BG[b], position // unit_tokens(S))
+            is_kept = is_kept.repeat_interleave(H // num_kv_heads, dim=0)[:, None]
+            scores = scores.masked_fill(~is_kept, -float("inf"))
         if sinks_H is not None:
             scores = torch.cat((scores, sinks_H[:, None, None].expand(H, num_rows, 1)), dim=2)
         weights = scores.softmax(-1)[:, :, : end - begin]
         out_THD[starts[b] : starts[b + 1]] = (weights @ v).transpose(0, 1)
+
+
+def _kept(
+    selected_GXZ: torch.Tensor, num_selected_G: torch.Tensor, units: torch.Tensor
+) -> torch.Tensor:
+    """Which of these units each KV head attends to, [G, units]."""
+    rows = zip(selected_GXZ.flatten(1), num_selected_G.tolist(), strict=True)
+    return torch.stack(
+        [torch.ones_like(units).bool() if n < 0 else torch.isin(units, row[:n]) for row, n in rows]
+    )
