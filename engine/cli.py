@@ -17,6 +17,7 @@ from vivace.engine.models.program import Program
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.plan import (
     Plan,
+    kv_dtype_of,
     kv_token_bytes,
     make_plan,
     mib,
@@ -41,7 +42,7 @@ def _config(argv: list[str]) -> int:
     )
     add_flags(parser)
     config = from_words(parser.parse_intermixed_args(argv))
-    machine = read_machine()
+    machine = read_machine(config.device)
     engines = share({name: config.engine(name) for name in config.models}, machine)
     remarks, problems = {}, []
     for name, engine in engines.items():
@@ -61,8 +62,8 @@ def _config(argv: list[str]) -> int:
 def _remarks(config: Config, plan: Plan) -> list[str]:
     return [
         f"plan: {plan.threads} threads, context {plan.max_context_tokens:,} tokens",
-        f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {config.cache.block_tokens} tokens "
-        f"in {config.cache.dtype.value}",
+        f"KV cache {mib(plan.kv_bytes)}: {plan.num_blocks:,} blocks of {plan.block_tokens} tokens "
+        f"in {plan.kv_dtype.value}",
         f"weights {plan.weight_kinds}; working memory {mib(plan.arena_bytes)}",
     ]
 
@@ -128,7 +129,7 @@ def _model_rows(config: Config, spec: ModelSpec, program: Program) -> dict[str, 
     return rows | {
         "vocabulary": f"{spec.vocab_size:,}",
         "context": f"{spec.max_context_tokens:,} tokens",
-        "KV cache": f"{kv_token_bytes(program):,} bytes per token in {config.cache.dtype.value}",
+        "KV cache": f"{kv_token_bytes(program):,} bytes per token in {kv_dtype_of(program).value}",
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.quantize import Quantize
@@ -60,15 +60,22 @@ class KvDType(Enum):
 class CacheConfig:
     """The paged KV cache, of each model."""
 
-    dtype: KvDType = field(
-        default=KvDType.FP32,
-        metadata={"about": "what keys and values are kept in: fp32, bf16 or int8"},
+    dtype: KvDType | None = field(
+        default=None,
+        metadata={
+            "about": "what keys and values are kept in: fp32, bf16 or int8; unset: fp32, or with "
+            "backend 'triton' what the weights are kept in"
+        },
     )
-    block_tokens: int = setting(16, "tokens per block, which is also the grain of prefix sharing")
+    block_tokens: int | None = setting(
+        None,
+        "tokens per block, which is also the grain of prefix sharing; unset: 16, or with backend "
+        "'triton' 64",
+    )
     memory_bytes: int | None = setting(
         None,
-        "memory of a model's cache, such as 512MiB; "
-        "unset: min(1 GiB, its share of a quarter of the free memory)",
+        "memory of a model's cache, such as 512MiB; unset: min(1 GiB, its share of a quarter of "
+        "the free memory), or with backend 'triton' its share of half the GPU's",
     )
     prefix_sharing: bool = setting(True, "find prompts' blocks that an earlier request computed")
     verify_hits: bool = setting(
@@ -94,6 +101,25 @@ class CpuConfig:
 
     def __post_init__(self) -> None:
         _check("cpu.", self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuConfig:
+    """The Triton backend."""
+
+    kernel_cache_dir: Path | None = field(
+        default=None,
+        metadata={
+            "about": "folder of compiled kernels, as `vivace kernels build` fills it; unset: Triton's own, "
+            "and the first start compiles"
+        },
+    )
+    strict_jit: bool = setting(
+        False, "make it an error, not a warning, if a kernel is compiled after the start"
+    )
+
+    def __post_init__(self) -> None:
+        _check("gpu.", self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +152,7 @@ def quantized_by(word: str | None) -> WeightsConfig:
 
 def kept_in(word: str | None) -> CacheConfig:
     """The cache's settings, with a word for its type. Raises ConfigError for a word that is none."""
-    return CacheConfig(dtype=_one_of(KvDType, "kv_cache_dtype", word or "fp32"))
+    return CacheConfig(dtype=None if word is None else _one_of(KvDType, "kv_cache_dtype", word))
 
 
 def _one_of(kind: type[Kind], name: str, word: str) -> Kind:
@@ -189,48 +215,47 @@ class Config:
     """One engine's part of the tree, and its model."""
 
     model: Path
-    backend: Backend = Backend.CPU
+    backend: Backend | None = None
     device: str = "cpu"
     max_context_tokens: int | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+    @property
+    def runs_on(self) -> Backend:
+        """The backend that is set, or that of the device."""
+        return _backend_of(self.backend, self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """The root of the tree: all that a server needs to know. Its models have everything but the folder in common."""
 
-    backend: Backend = field(
-        default=Backend.CPU,
-        metadata={"about": "cpu: the C++ library; reference: plain torch, slow"},
+    backend: Backend | None = field(
+        default=None,
+        metadata={
+            "about": "cpu: the C++ library; triton: kernels for a GPU; reference: plain torch, slow; "
+            "unset: cpu, or triton where the device is a GPU"
+        },
     )
-    device: str = setting("cpu", "torch device of the reference backend")
+    device: str = setting("cpu", "cpu, or a GPU as torch names it, such as cuda or cuda:1")
     max_context_tokens: int | None = setting(
         None, "tokens of prompt and reply together; unset: the model's own", low=2
     )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     models: Mapping[str, Path] = field(default_factory=dict)  # by the name that clients know
 
     def __post_init__(self) -> None:
         _check("", self)
-        if self.backend is Backend.CPU and self.device != "cpu":
-            raise ConfigError(
-                f"device must be 'cpu' with backend 'cpu', got {self.device!r}; "
-                "backend 'reference' runs on others"
-            )
-        if self.backend is not Backend.CPU and self.weights.cache_dir is not None:
-            raise ConfigError(
-                f"weights.cache_dir is of backend 'cpu', got {self.weights.cache_dir} with "
-                f"backend {self.backend.value!r}"
-            )
-        if self.backend is not Backend.CPU and self.cpu != CpuConfig():
-            raise ConfigError(f"cpu.threads and cpu.isa are of backend 'cpu', got {self.cpu}")
+        check_backend(self)
         for name, folder in self.models.items():
             if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
                 raise ConfigError(
@@ -249,6 +274,7 @@ class ServeConfig:
             scheduler=self.scheduler,
             cache=self.cache,
             cpu=self.cpu,
+            gpu=self.gpu,
             weights=self.weights,
         )
 
@@ -256,8 +282,8 @@ class ServeConfig:
 def allowed(one: Field[Any]) -> str:
     """What a setting may be, for people."""
     kind = one.type
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return " or ".join(repr(member.value) for member in kind)
+    if (choices := choices_of(one)) is not None:
+        return " or ".join(repr(member.value) for member in choices)
     if kind is bool:
         return "true or false"
     if kind in (str, str | None):
@@ -271,6 +297,41 @@ def allowed(one: Field[Any]) -> str:
     return f"{noun} of at least {low:g}" if high == math.inf else f"{noun} in {low:g}..{high:d}"
 
 
+def choices_of(one: Field[Any]) -> type[Enum] | None:
+    """What a setting that is one of several words, or unset, chooses from; None for all others."""
+    kinds = [one.type, *get_args(one.type)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
+
+
+def _backend_of(backend: Backend | None, device: str) -> Backend:
+    if backend is not None:
+        return backend
+    return Backend.CPU if device == "cpu" else Backend.TRITON
+
+
+def check_backend(config: ServeConfig | Config) -> None:
+    """Raise ConfigError for settings of another backend than the one that would run."""
+    backend, weights = _backend_of(config.backend, config.device), config.weights
+    if backend is Backend.CPU and config.device != "cpu":
+        raise ConfigError(
+            f"device must be 'cpu' with backend 'cpu', got {config.device!r}; "
+            "backends 'triton' and 'reference' run on others"
+        )
+    if backend is not Backend.CPU and weights.cache_dir is not None:
+        raise ConfigError(
+            f"weights.cache_dir is of backend 'cpu', got {weights.cache_dir} with backend "
+            f"{backend.value!r}"
+        )
+    if backend is not Backend.CPU and config.cpu != CpuConfig():
+        raise ConfigError(f"cpu.threads and cpu.isa are of backend 'cpu', got {config.cpu}")
+    if backend is not Backend.TRITON and config.gpu != GpuConfig():
+        raise ConfigError(f"gpu.* is of backend 'triton', got {config.gpu}")
+    if backend is Backend.TRITON and weights.quantize is not Quantize.NONE:
+        raise ConfigError(
+            f"weights.quantize must be 'none' with backend 'triton', got {weights.quantize.value!r}"
+        )
+
+
 def _check(prefix: str, config: Any) -> None:
     """Raise ConfigError for a value of another type or out of its range."""
     for one in fields(config):
@@ -282,6 +343,8 @@ def _check(prefix: str, config: Any) -> None:
 def _fits(one: Field[Any], value: Any) -> bool:
     if value is None:
         return one.default is None
+    if (choices := choices_of(one)) is not None:
+        return isinstance(value, choices)
     if one.type == Path | None:
         return isinstance(value, Path)
     if one.type in (int, int | None, float):

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vivace.engine.config import ServeConfig
+from vivace.engine.config import ServeConfig, choices_of
 from vivace.engine.errors import ConfigError
 
 FLAGS = {  # what people set daily
@@ -22,6 +22,8 @@ FLAGS = {  # what people set daily
     "port": "server.port",
     "insecure": "server.insecure",
     "backend": "backend",
+    "device": "device",
+    "strict-jit": "gpu.strict_jit",
     "quantize": "weights.quantize",
     "cache-dir": "weights.cache_dir",
     "kv-cache-dtype": "cache.dtype",
@@ -188,8 +190,8 @@ def _value(one: Field[Any], path: str, raw: Any) -> Any:
     if one.name == "models":
         return _folders(raw)
     if isinstance(raw, str):
-        if isinstance(one.type, type) and issubclass(one.type, Enum):
-            return next((member for member in one.type if member.value == raw), raw)
+        if (choices := choices_of(one)) is not None:
+            return next((member for member in choices if member.value == raw), raw)
         if one.type == Path | None and raw:
             return Path(raw)
         if one.name.endswith("_bytes") and (size := SIZE.fullmatch(raw)):

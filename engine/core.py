@@ -14,7 +14,7 @@ from typing import Any
 from vivace.engine import pooling
 from vivace.engine.batch import Batch, Batcher
 from vivace.engine.blocks import BlockPool
-from vivace.engine.config import Config
+from vivace.engine.config import Config, check_backend
 from vivace.engine.errors import ConfigError, InvalidRequest
 from vivace.engine.events import (
     EngineInfo,
@@ -78,7 +78,7 @@ class EngineCore:
         clock: Clock,
     ) -> None:
         self.info = info
-        block_tokens = config.cache.block_tokens
+        block_tokens = plan.block_tokens
         self._prefix = PrefixIndex(
             block_tokens, os.urandom(SALT_KEY_BYTES), verify_hits=config.cache.verify_hits
         )
@@ -320,17 +320,11 @@ def load(
     Raises ConfigError or ArtifactError, both before anything large is allocated where that can be known.
     """
     start = time.monotonic()
+    check_backend(config)
     spec = read_spec(config.model)
     program = program_of(config, spec)
-    plan = make_plan(config, spec, program, read_machine())
-    if config.backend is backend.Backend.CPU:
-        try:
-            ops = backend.load(config.backend, threads=plan.threads, isa=config.cpu.isa)
-        except ValueError as error:  # the library alone knows what the CPU has
-            raise ConfigError(f"cpu.{error}") from error
-    else:
-        ops = backend.load(config.backend, device=config.device)
-    ops = adapt(ops)
+    plan = make_plan(config, spec, program, read_machine(config.device))
+    ops = adapt(_load_ops(config, plan))
     loading = packing.Work(plan.threads, config.weights.cache_dir, progress)
     arrays, origin = _load_weights(config, program, spec.architecture, ops.memory, work=loading)
     runner = Runner(
@@ -339,7 +333,7 @@ def load(
         arrays,
         most=plan.most,
         num_blocks=plan.num_blocks,
-        block_tokens=config.cache.block_tokens,
+        block_tokens=plan.block_tokens,
     )
     info = EngineInfo(
         architecture=spec.architecture,
@@ -349,11 +343,12 @@ def load(
         num_parameters=num_parameters(program),
         weights=f"{plan.weight_kinds}; {origin}",
         dtype=weight_dtype(config, program),
-        backend=config.backend.value,
+        backend=config.runs_on.value,
+        device=config.device,
         threads=plan.threads,
-        block_tokens=config.cache.block_tokens,
+        block_tokens=plan.block_tokens,
         num_blocks=plan.num_blocks,
-        kv_dtype=config.cache.dtype.value,
+        kv_dtype=plan.kv_dtype.value,
         kv_bytes=plan.kv_bytes,
         max_running=config.scheduler.max_running,
         max_waiting=config.scheduler.max_waiting,
@@ -364,12 +359,24 @@ def load(
     return EngineCore(config, plan, runner, context=context, info=info, clock=time.monotonic)
 
 
+def _load_ops(config: Config, plan: Plan) -> backend.Ops:
+    if config.runs_on is backend.Backend.CPU:
+        try:
+            return backend.load(config.runs_on, threads=plan.threads, isa=config.cpu.isa)
+        except ValueError as error:  # the library alone knows what the CPU has
+            raise ConfigError(f"cpu.{error}") from error
+    try:
+        return backend.load(config.runs_on, device=config.device)
+    except ValueError as error:  # torch alone knows what devices there are
+        raise ConfigError(str(error)) from error
+
+
 def _load_weights(
     config: Config, program: Program, architecture: str, memory: Any, *, work: packing.Work
 ) -> tuple[dict[str, Any], str]:
     """The weights by name, and where they come from."""
     is_quantized = config.weights.quantize is not Quantize.NONE
-    if is_quantized and config.backend is backend.Backend.CPU:
+    if is_quantized and config.runs_on is backend.Backend.CPU:
         return packing.load(config.model, program, architecture, memory=memory, work=work)
     arrays = weights.load(
         config.model, program, architecture, work.progress, place=partial(place, memory)

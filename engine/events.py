@@ -124,6 +124,7 @@ class EngineInfo:
     max_running: int
     max_waiting: int
     load_s: float  # from start to ready
+    device: str = "cpu"  # or a GPU, as torch names it
     isa: str | None = None  # instruction set of the ops; None: the backend has no choice
 
 

@@ -17,9 +17,12 @@ from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.models.weights import as_stored
 from vivace.engine.runner import arena_bytes
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.kernels.backend import Backend, free_bytes
 from vivace.kernels.buffer import DType, kv_head_bytes
 
-MAX_DEFAULT_KV_BYTES = 1 << 30
+MAX_DEFAULT_KV_BYTES = 1 << 30  # on a CPU
+BLOCK_TOKENS = {Backend.TRITON: 64}  # where the setting is unset
+OTHER_BLOCK_TOKENS = 16
 FP32_BYTES = 4
 MEMORY_FILES = {  # of a cgroup, by controller: its limit, and what is used of it
     "": ("memory.max", "memory.current"),
@@ -32,7 +35,8 @@ class Machine:
     """What this process may use."""
 
     num_cpus: int
-    free_bytes: int
+    free_bytes: int  # of the memory that holds weights and cache
+    is_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Plan:
     """Decided once, at start-up."""
 
     threads: int
+    block_tokens: int
+    kv_dtype: DType
     max_context_tokens: int  # prompt and reply together
     max_blocks: int  # of one request
     num_blocks: int
@@ -51,8 +57,11 @@ class Plan:
     most: dict[Symbol, int]  # the largest step
 
 
-def read_machine() -> Machine:
-    """CPUs by affinity and cgroup quota; memory that is free, by the kernel and by the cgroup."""
+def read_machine(device: str = "cpu") -> Machine:
+    """CPUs by affinity and cgroup quota; memory that is free, by the kernel and by the cgroup, or that of the GPU.
+
+    Raises ConfigError if there is no such GPU.
+    """
     cpus = len(os.sched_getaffinity(0))
     quotas = [_words(group / "cpu.max") for group in _cgroups("")]
     for group in _cgroups("cpu"):
@@ -66,15 +75,26 @@ def read_machine() -> Machine:
             limit, used = _words(group / limit_file), _words(group / used_file)
             if limit and used and limit[0] != "max":
                 free = min(free, max(0, int(limit[0]) - int(used[0]) + _file_bytes(group)))
-    return Machine(num_cpus=cpus, free_bytes=free)
+    if device == "cpu":
+        return Machine(num_cpus=cpus, free_bytes=free)
+    try:
+        return Machine(num_cpus=cpus, free_bytes=free_bytes(device), is_gpu=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def program_of(config: Config, spec: ModelSpec) -> Program:
     """What the engine of this config runs."""
-    plain = emit(spec, DType(config.cache.dtype.value))
-    if config.weights.quantize is Quantize.NONE:
-        return as_stored(config.model, plain, spec.architecture)
-    return quantize(plain, config.weights.quantize, config.weights.group)
+    kv_dtype = DType.FP32 if config.cache.dtype is None else DType(config.cache.dtype.value)
+    plain = emit(spec, kv_dtype)
+    if config.weights.quantize is not Quantize.NONE:
+        return quantize(plain, config.weights.quantize, config.weights.group)
+    stored = as_stored(config.model, plain, spec.architecture)
+    if config.runs_on is not Backend.TRITON:
+        return stored
+    if config.cache.dtype is None and weight_dtype(config, stored) == DType.BF16.value:
+        stored = as_stored(config.model, emit(spec, DType.BF16), spec.architecture)
+    return stored
 
 
 def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:
@@ -89,7 +109,8 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         raise ConfigError(
             f"max_context_tokens must be in 2..{spec.max_context_tokens}, the model's own, got {context}"
         )
-    scheduler, block_tokens = config.scheduler, config.cache.block_tokens
+    scheduler = config.scheduler
+    block_tokens = config.cache.block_tokens or BLOCK_TOKENS.get(config.runs_on, OTHER_BLOCK_TOKENS)
     max_rows = scheduler.max_running + MAX_PROMPT_LOGPROB_ROWS
     most = {
         Symbol.T: scheduler.max_step_tokens,
@@ -119,6 +140,8 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     context = min(context, num_blocks * block_tokens)
     return Plan(
         threads=config.cpu.threads or machine.num_cpus,
+        block_tokens=block_tokens,
+        kv_dtype=kv_dtype_of(program),
         max_context_tokens=context,
         max_blocks=-(-context // block_tokens),
         num_blocks=num_blocks,
@@ -133,6 +156,8 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
 
 def default_kv_bytes(machine: Machine) -> int:
     """Of the cache, where no setting says it."""
+    if machine.is_gpu:
+        return machine.free_bytes // 2
     return min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4)
 
 
@@ -177,6 +202,11 @@ def num_active_parameters(program: Program, spec: ModelSpec) -> int:
             biases = 2 * moe.hidden_size + spec.model_size if moe.expert_bias else 0
             idle += (moe.num_experts - moe.top_k) * (matrices + biases)
     return num_parameters(program) - idle
+
+
+def kv_dtype_of(program: Program) -> DType:
+    """What keys and values are kept in, by all layers alike."""
+    return next(value.dtype for value in values_of(program) if value.kind is Kind.CACHE)
 
 
 def kv_token_bytes(program: Program) -> int:

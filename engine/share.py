@@ -11,6 +11,7 @@ from vivace.engine.config import Config
 from vivace.engine.errors import ArtifactError, ConfigError
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.plan import Machine, Plan, default_kv_bytes, make_plan, mib, program_of
+from vivace.kernels.backend import Backend
 
 
 def share(configs: Mapping[str, Config], machine: Machine) -> dict[str, Config]:
@@ -57,6 +58,6 @@ def _made_explicit(config: Config, part: Machine) -> Config:
     cache, cpu = config.cache, config.cpu
     if cache.memory_bytes is None:
         cache = replace(cache, memory_bytes=default_kv_bytes(part))
-    if cpu.threads is None:
+    if cpu.threads is None and config.runs_on is Backend.CPU:
         cpu = replace(cpu, threads=part.num_cpus)
     return replace(config, cache=cache, cpu=cpu)

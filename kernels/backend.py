@@ -122,6 +122,15 @@ def load(
     return _load_reference("cpu" if device is None else device)
 
 
+def free_bytes(device: str) -> int:
+    """Memory of a GPU that nobody has taken. Raises ValueError if there is no such GPU, ImportError without torch."""
+    try:
+        count: int = import_module("vivace.kernels.gpu.launcher").free_bytes(device)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install vivace[gpu]") from error
+    return count
+
+
 def _load_cpu(threads: int, isa: str | None) -> Ops:
     library = import_module("vivace.kernels.cpu.library").Library(threads=threads, isa=isa)
     recorder = import_module("vivace.kernels.cpu.recorder").CpuRecorder(library)

@@ -53,7 +53,7 @@ def _serve(argv: list[str]) -> int:
             from vivace.engine.plan import read_machine
             from vivace.engine.share import plan_all, share
 
-            machine = read_machine()
+            machine = read_machine(config.device)
             engines = share(engines, machine)
             plan_all(engines, machine)
     except BaseException:

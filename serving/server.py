@@ -284,9 +284,10 @@ async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
 def _summary(info: EngineInfo) -> str:
     """What is served and what the machine's plan made of it, in one line."""
     of_isa = "" if info.isa is None else f" with {info.isa}"
+    where = f"{info.threads} threads" if info.device == "cpu" else info.device
     return (
         f"{info.architecture}, {info.num_parameters:,} parameters: {info.weights}; "
-        f"{info.backend} backend{of_isa}, {info.threads} threads; context {info.max_context_tokens:,} tokens; "
+        f"{info.backend} backend{of_isa}, {where}; context {info.max_context_tokens:,} tokens; "
         f"KV cache {info.num_blocks:,} blocks of {info.block_tokens} tokens in {info.kv_dtype} "
         f"({info.kv_bytes / 2**20:,.0f} MiB); loaded in {info.load_s:.2f} s"
     )

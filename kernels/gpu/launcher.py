@@ -22,6 +22,16 @@ class Config:
     num_stages: int = 2
 
 
+def free_bytes(device: str) -> int:
+    """Memory of a GPU that nobody has taken. Raises ValueError if there is no such GPU."""
+    try:
+        free, _ = torch.cuda.mem_get_info(device)
+    except (AssertionError, RuntimeError, ValueError) as error:  # torch raises all of these
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} is no GPU that can be used: {reason}") from error
+    return int(free)
+
+
 class Launcher:
     """Kernels of one device. Its ops run in the order of their launches."""
 

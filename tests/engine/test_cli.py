@@ -101,7 +101,7 @@ def test_config_prints_the_tree_and_what_the_machine_makes_of_each_model(
     tmp_path, capsys, monkeypatch
 ):
     machine = plan.Machine(num_cpus=6, free_bytes=1 << 30)
-    monkeypatch.setattr("vivace.engine.cli.read_machine", lambda: machine)
+    monkeypatch.setattr("vivace.engine.cli.read_machine", lambda device: machine)
     model = checkpoint_of(tmp_path / "qwen3", "qwen3")
     words = [str(model), str(model), "--name", "a", "--name", "b", "--max-context", "64"]
     assert main("config", words) == 0

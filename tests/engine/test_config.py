@@ -10,6 +10,7 @@ import pytest
 from vivace.engine.config import (
     CacheConfig,
     CpuConfig,
+    GpuConfig,
     KvDType,
     SchedulerConfig,
     ServeConfig,
@@ -110,11 +111,12 @@ def test_a_value_is_toml_and_a_bare_word_a_text(read, word, path, want):
 def test_every_flag_is_a_setting(read, flag, path):
     one = dict(settings())[path]
     texts = {"host": "::1", "backend": "reference", "quantize": "int8", "cache-dir": "a/b"}
-    texts["kv-cache-dtype"] = "bf16"
+    texts |= {"kv-cache-dtype": "bf16", "device": "cuda"}
     value = texts.get(flag, "11")
     words = (f"--{flag}",) if one.type is bool else (f"--{flag}", value)
     value = "true" if one.type is bool else value
-    assert read(*words) == read("--set", f"{path}={value}") != ServeConfig()
+    where = ("--set", "backend=triton") if path.startswith("gpu.") else ()
+    assert read(*words, *where) == read("--set", f"{path}={value}", *where) != read(*where)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,8 @@ def test_every_flag_is_a_setting(read, flag, path):
         ('weights.cache_dir=""', r"weights\.cache_dir must be the path of a folder, got ''"),
         ("weights.quantize=int5", r"weights\.quantize must be 'none' or 'int8' or 'int4', got 'int5'"),
         ("weights.group=16", r"weights\.group must be 32, 64 or 128, got 16"),
-        ("backend=gpu", r"backend must be 'reference' or 'cpu', got 'gpu'"),
-        ("device=cuda", r"device must be 'cpu' with backend 'cpu', got 'cuda'"),
+        ("backend=gpu", r"backend must be 'reference' or 'cpu' or 'triton', got 'gpu'"),
+        ("gpu={strict_jit=true}", r"gpu\.\* is of backend 'triton', got .*strict_jit=True"),
         ("server.port=65536", r"server\.port .* in 0\.\.65535, got 65536"),
         ("server.drain_s=nan", r"server\.drain_s must be a number of at least 0, got nan"),
         ("server.host=example", r"server\.host must be an IP address, got 'example'"),
@@ -232,8 +234,10 @@ OF_THE_CPU = ServeConfig(
     cpu=CpuConfig(threads=3, isa="x"), weights=WeightsConfig(cache_dir=Path("a b"))
 )
 
+OF_A_GPU = ServeConfig(device="cuda:1", gpu=GpuConfig(kernel_cache_dir=Path("a b"), strict_jit=True))
 
-@pytest.mark.parametrize("tree", [ServeConfig(), OTHERS, OF_THE_CPU])
+
+@pytest.mark.parametrize("tree", [ServeConfig(), OTHERS, OF_THE_CPU, OF_A_GPU])
 def test_what_is_printed_is_read_back_as_the_same_tree(tree):
     text = to_toml(tree, {"a": ["plan: some"]})
     assert from_tables(tomllib.loads(text)) == tree
@@ -257,7 +261,43 @@ def test_the_tests_above_change_every_setting():
     """Else a setting that is not written, or not read, would go unnoticed."""
     for path, one in settings():
         is_of_the_cpu = path.startswith("cpu.") or path == "weights.cache_dir"
-        value = OF_THE_CPU if is_of_the_cpu else OTHERS
+        value = OF_THE_CPU if is_of_the_cpu else OF_A_GPU if path.startswith("gpu.") else OTHERS
         for part in path.split("."):
             value = getattr(value, part)
         assert value != one.default, path
+
+
+@pytest.mark.parametrize(
+    ("words", "backend"),
+    [
+        ((), Backend.CPU),
+        (("--device", "cuda"), Backend.TRITON),
+        (("--device", "cuda:1", "--backend", "reference"), Backend.REFERENCE),
+        (("--backend", "triton"), Backend.TRITON),
+    ],
+)
+def test_the_backend_is_the_device_s_where_it_is_not_said(read, words, backend):
+    assert read("m", *words).engine("m").runs_on is backend
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ("--device", "cuda", "--backend", "cpu"),
+            "device must be 'cpu' with backend 'cpu', got 'cuda'",
+        ),
+        (
+            ("--device", "cuda", "--quantize", "int8"),
+            "quantize must be 'none' with backend 'triton', got 'int8'",
+        ),
+        (("--device", "cuda", "--threads", "3"), "cpu.threads and cpu.isa are of backend 'cpu'"),
+        (
+            ("--device", "cuda", "--cache-dir", "a"),
+            "weights.cache_dir is of backend 'cpu', got a with backend 'triton'",
+        ),
+    ],
+)
+def test_settings_of_another_backend_are_refused(read, words, text):
+    with pytest.raises(ConfigError, match=text):
+        read(*words)

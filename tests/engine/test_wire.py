@@ -13,6 +13,7 @@ from vivace.engine.config import (
     CacheConfig,
     Config,
     CpuConfig,
+    GpuConfig,
     KvDType,
     SchedulerConfig,
     WeightsConfig,
@@ -83,7 +84,7 @@ EVENT = st.builds(
 CONFIG = st.builds(
     Config,
     model=TEXT.map(lambda name: Path("models") / name.replace("\0", "")),
-    backend=st.sampled_from(Backend),
+    backend=st.none() | st.sampled_from(Backend),
     device=TEXT,
     max_context_tokens=st.none() | COUNT,
     scheduler=st.builds(
@@ -94,14 +95,18 @@ CONFIG = st.builds(
     ),
     cache=st.builds(
         CacheConfig,
-        dtype=st.sampled_from(KvDType),
-        block_tokens=st.integers(1, 64),
+        dtype=st.none() | st.sampled_from(KvDType),
+        block_tokens=st.none() | st.integers(1, 64),
         memory_bytes=st.none() | st.integers(1, 2**62),
         prefix_sharing=st.booleans(),
         verify_hits=st.booleans(),
     ),
     cpu=st.builds(
-        CpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
+        CpuConfig,
+    GpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
+    ),
+    gpu=st.builds(
+        GpuConfig, kernel_cache_dir=st.none() | st.just(Path("a b")), strict_jit=st.booleans()
     ),
     weights=st.builds(
         WeightsConfig,
@@ -113,7 +118,7 @@ CONFIG = st.builds(
 INFO = st.builds(
     EngineInfo,
     **dict.fromkeys((field.name for field in fields(EngineInfo)), COUNT)
-    | dict.fromkeys(("architecture", "dtype", "weights", "backend", "kv_dtype"), TEXT)
+    | dict.fromkeys(("architecture", "dtype", "weights", "backend", "kv_dtype", "device"), TEXT)
     | {"eos_token_ids": st.lists(TOKEN, max_size=3).map(tuple), "load_s": SECONDS}
     | {"isa": st.none() | TEXT},
 )
