@@ -234,7 +234,9 @@ OF_THE_CPU = ServeConfig(
     cpu=CpuConfig(threads=3, isa="x"), weights=WeightsConfig(cache_dir=Path("a b"))
 )
 
-OF_A_GPU = ServeConfig(device="cuda:1", gpu=GpuConfig(kernel_cache_dir=Path("a b"), strict_jit=True))
+OF_A_GPU = ServeConfig(
+    device="cuda:1", gpu=GpuConfig(kernel_cache_dir=Path("a b"), strict_jit=True)
+)
 
 
 @pytest.mark.parametrize("tree", [ServeConfig(), OTHERS, OF_THE_CPU, OF_A_GPU])

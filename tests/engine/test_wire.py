@@ -102,8 +102,7 @@ CONFIG = st.builds(
         verify_hits=st.booleans(),
     ),
     cpu=st.builds(
-        CpuConfig,
-    GpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
+        CpuConfig, threads=st.none() | st.integers(1, 256), isa=st.none() | st.just("avx2")
     ),
     gpu=st.builds(
         GpuConfig, kernel_cache_dir=st.none() | st.just(Path("a b")), strict_jit=st.booleans()
