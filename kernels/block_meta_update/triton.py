@@ -1,4 +1,4 @@
-"""Mean and standard deviation of K over units, in Triton. Bound by bytes: reads a unit's K once; a program per unit and KV head."""
+"""Mean and standard deviation of K over units, in Triton: a program per unit and KV head. Bound by bytes: reads K once."""
 
 from collections.abc import Callable
 

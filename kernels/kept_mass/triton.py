@@ -152,12 +152,13 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         B, G, X, _ = selected_BGXZ.shape
         chunks = triton.cdiv(X * S, CHUNK)
         parts = launcher.scratch("kept_mass", (B, H, chunks, 3), torch.float32)
+        where = (block_tables_BX, query_starts, context_lens_B)
+        which = (selected_BGXZ, num_selected_BG, measured_B)
         shape = {"H": H, "G": G, "CHUNK": CHUNK}
         launcher.launch(
             weigh_chunk,
             (B, G, chunks),
-            (parts, q_THD, kv_cache, block_tables_BX, query_starts, context_lens_B)
-            + (selected_BGXZ, num_selected_BG, measured_B, X, scale, softcap),
+            (parts, q_THD, kv_cache, *where, *which, X, scale, softcap),
             shape | {"S": S, "D": D, "U": unit_tokens(S), "WIDTH": triton.next_power_of_2(D)},
             launcher.config("kept_mass", f"D={D}", CONFIG),
         )
