@@ -12,7 +12,7 @@ from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.moe_assign import max_tiles, tile_rows
 
 CONFIGS = {  # by rows of a tile; BLOCK_N columns of gate, and as many of up
-    1: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=4),
+    1: Config({"BLOCK_N": 32, "BLOCK_K": 128}, num_warps=4, num_stages=4),
     16: Config({"BLOCK_N": 32, "BLOCK_K": 128}, num_warps=4, num_stages=4),
     64: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4),
     128: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
@@ -107,7 +107,7 @@ def bind(launcher: Launcher) -> Run:
     ) -> None:
         (_, K, F), (E, _, M) = out_TKF.shape, gate_up_ENM.shape
         rows = tile_rows(experts_TK.numel(), E)
-        config = config_of(launcher, "expert_gated", rows, CONFIGS)
+        config = config_of(launcher, "expert_gated", rows, CONFIGS, gate_up_ENM)
         constexprs = {
             "F": F,
             "M": M,

@@ -106,9 +106,16 @@ def _kernel(
     tl.store(out_ptrs, acc, mask=is_row[:, None] & (n < N)[None, :])
 
 
-def config_of(launcher: Launcher, op: str, rows: int, configs: dict[int, Config]) -> Config:
-    """Of tiles of so many rows: `configs`, unless this device was tuned."""
-    found = launcher.config(op, f"m{rows}", configs[rows])
+def config_of(
+    launcher: Launcher, op: str, rows: int, configs: dict[int, Config], weight: torch.Tensor
+) -> Config:
+    """Of tiles of so many rows: `configs`, unless this device was tuned. fp32, without tensor cores, takes smaller ones."""
+    bucket, found = f"m{rows}", configs[rows]
+    if weight.dtype == torch.float32:
+        bucket = f"fp32-{bucket}"
+        tiles = {"BLOCK_N": found.tiles["BLOCK_N"] // 2, "BLOCK_K": 32}
+        found = Config(tiles, num_warps=found.num_warps, num_stages=2)
+    found = launcher.config(op, bucket, found)
     return Config({**found.tiles, "BLOCK_M": max(rows, MIN_ROWS)}, found.num_warps, found.num_stages)
 
 
@@ -124,7 +131,7 @@ def project(
     _, x, experts_TK, _, _, weight_ENI = tensors
     (_, K), (E, N, width) = experts_TK.shape, weight_ENI.shape
     rows = tile_rows(experts_TK.numel(), E) if is_assigned else 1
-    config = config_of(launcher, op, rows, CONFIGS)
+    config = config_of(launcher, op, rows, CONFIGS, weight_ENI)
     num_tiles = experts_TK.numel() if rows == 1 else max_tiles(experts_TK.numel(), E)
     constexprs = {
         "N": N,
