@@ -8,11 +8,12 @@ import triton.language as tl
 
 from vivace.kernels.expert_gated import Run
 from vivace.kernels.expert_linear.triton import config_of, product, slots_of, tile_of
+from vivace.kernels.gated.triton import activated
 from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.moe_assign import max_tiles, tile_rows
 
 CONFIGS = {  # by rows of a tile; BLOCK_N columns of gate, and as many of up
-    1: Config({"BLOCK_N": 32, "BLOCK_K": 128}, num_warps=4, num_stages=4),
+    1: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=4),
     16: Config({"BLOCK_N": 32, "BLOCK_K": 128}, num_warps=4, num_stages=4),
     64: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4),
     128: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
@@ -20,27 +21,6 @@ CONFIGS = {  # by rows of a tile; BLOCK_N columns of gate, and as many of up
 
 
 @triton.jit
-def _sigmoid(x):
-    small = tl.exp(-tl.abs(x))  # never overflows
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
-
-
-@triton.jit
-def _activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "clamped_swiglu":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-        act = gate * _sigmoid(alpha * gate)
-    elif ACTIVATION == "silu":
-        act = gate * _sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        act = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    else:  # (1 + tanh(a)) / 2 is sigmoid(2a)
-        act = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    return act * up
-
-
-@triton.jit(do_not_specialize=["alpha", "limit"])
 def _kernel(
     out_ptr,  # fp32 [T, K, F], out
     x_ptr,  # fp32 [T, M]
@@ -85,7 +65,7 @@ def _kernel(
         gate += tl.load(bias_ptrs, mask=is_n, other=0)[None, :]
         up += tl.load(bias_ptrs + F, mask=is_n, other=0)[None, :]
     out_ptrs = out_ptr + (slot * F)[:, None] + n[None, :]
-    act = _activated(gate, up, alpha, limit, ACTIVATION)
+    act = activated(gate, up, alpha, limit, ACTIVATION)
     tl.store(out_ptrs, act, mask=is_row[:, None] & is_n[None, :])
 
 

@@ -113,10 +113,12 @@ def config_of(
     bucket, found = f"m{rows}", configs[rows]
     if weight.dtype == torch.float32:
         bucket = f"fp32-{bucket}"
-        tiles = {"BLOCK_N": found.tiles["BLOCK_N"] // 2, "BLOCK_K": 32}
-        found = Config(tiles, num_warps=found.num_warps, num_stages=2)
+        tiles = {"BLOCK_N": max(16, found.tiles["BLOCK_N"] // 2), "BLOCK_K": 32}
+        found = Config(tiles, num_warps=8, num_stages=2)
     found = launcher.config(op, bucket, found)
-    return Config({**found.tiles, "BLOCK_M": max(rows, MIN_ROWS)}, found.num_warps, found.num_stages)
+    return Config(
+        {**found.tiles, "BLOCK_M": max(rows, MIN_ROWS)}, found.num_warps, found.num_stages
+    )
 
 
 def project(

@@ -27,9 +27,7 @@ class Run(Protocol):
     ) -> None: ...
 
 
-def check(
-    order_TK: Buffer, tiles_TK3: Buffer, experts_TK: Buffer, *, num_experts: int
-) -> None:
+def check(order_TK: Buffer, tiles_TK3: Buffer, experts_TK: Buffer, *, num_experts: int) -> None:
     """Raise ValueError, with the shapes, if the arguments do not fit together."""
     T, K = expect("experts", experts_TK, None, None)
     expect_dtype("experts", experts_TK, "int32")

@@ -7,12 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
+from vivace.kernels.gated.triton import exp
 from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.moe_combine import Run
 
 CONFIG = Config({"BLOCK_M": 1024}, num_warps=4)
 CANDIDATES = {
-    "any": tuple(Config({"BLOCK_M": n}, num_warps=w) for n in (256, 512, 1024, 2048) for w in (2, 4))
+    "any": tuple(
+        Config({"BLOCK_M": n}, num_warps=w) for n in (256, 512, 1024, 2048) for w in (2, 4)
+    )
 }
 
 
@@ -41,8 +44,7 @@ def _kernel(
         shared = tl.load(shared_ptr + t * M + m, mask=is_in, other=0)
         if HAS_GATE:
             gate = tl.load(shared_gate_ptr + t)
-            small = tl.exp(-tl.abs(gate))  # never overflows
-            shared *= tl.where(gate >= 0, 1.0, small) / (1.0 + small)
+            shared *= tl.div_rn(1.0, 1.0 + exp(-gate))
         total += shared
     tl.store(out_ptr + t * M + m, total, mask=is_in)
 

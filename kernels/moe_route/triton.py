@@ -14,7 +14,9 @@ from vivace.kernels.moe_route import Run
 
 OUT = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every key
 CONFIG = Config({"BLOCK_T": 4}, num_warps=4)
-CANDIDATES = {"any": tuple(Config({"BLOCK_T": t}, num_warps=w) for t in (1, 2, 4, 8) for w in (1, 4))}
+CANDIDATES = {
+    "any": tuple(Config({"BLOCK_T": t}, num_warps=w) for t in (1, 2, 4, 8) for w in (1, 4))
+}
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def _is_in_best_groups(
     return tl.reshape(tl.broadcast_to(is_in[:, :, None], (R, GP, SP)), (R, GP * SP))
 
 
-@triton.jit(do_not_specialize=["T", "scale"])
+@triton.jit(do_not_specialize=["T"])
 def _kernel(
     weights_ptr,  # fp32 [T, K], out
     experts_ptr,  # int32 [T, K], out
@@ -129,7 +131,9 @@ def _kernel(
         if IS_SOFTMAX:
             weights = _scores(chosen, IS_SOFTMAX)
         else:
-            weights = tl.div_rn(weights, tl.broadcast_to(tl.sum(weights, 1)[:, None] + 1e-20, weights.shape))
+            weights = tl.div_rn(
+                weights, tl.broadcast_to(tl.sum(weights, 1)[:, None] + 1e-20, weights.shape)
+            )
     is_slot = (row < T)[:, None] & (k_lane < K)
     slot = at * K + k_lane
     tl.store(weights_ptr + slot, weights * scale, mask=is_slot)
@@ -171,6 +175,8 @@ def bind(launcher: Launcher) -> Run:
             "KP": triton.next_power_of_2(K),
         }
         args = (weights_TK, experts_TK, logits_TE, loads_E, bias_E, T, scale)
-        launcher.launch(_kernel, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config)
+        launcher.launch(
+            _kernel, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config
+        )
 
     return run
