@@ -18,6 +18,8 @@ from vivace.kernels import (
     attention,
     embed,
     embed_int8,
+    expert_down,
+    expert_gated,
     expert_linear,
     expert_linear_int4,
     expert_linear_int8,
@@ -28,6 +30,7 @@ from vivace.kernels import (
     linear_int4,
     linear_int8,
     logprobs,
+    moe_assign,
     moe_combine,
     moe_route,
     quantize,
@@ -84,6 +87,9 @@ class Ops:
     expert_linear: expert_linear.Run
     expert_linear_int8: expert_linear_int8.Run
     expert_linear_int4: expert_linear_int4.Run
+    moe_assign: moe_assign.Run
+    expert_gated: expert_gated.Run
+    expert_down: expert_down.Run
     moe_combine: moe_combine.Run
     take_rows: take_rows.Run
     sample: sample.Run
