@@ -43,6 +43,7 @@ from vivace.engine.request import Request
 from vivace.engine.runner import Runner
 from vivace.engine.sampler import RowLogprobs, Sampler
 from vivace.engine.scheduler import ContextRules, Scheduler
+from vivace.engine.warm_up import Bound, warm_up
 from vivace.kernels import backend
 
 Clock = Callable[[], float]
@@ -71,7 +72,7 @@ class EngineCore:
         self,
         config: Config,
         plan: Plan,
-        runner: Runner,
+        bound: Bound,
         *,
         context: ContextRules,
         info: EngineInfo,
@@ -98,12 +99,11 @@ class EngineCore:
             vocab_size=info.vocab_size,
             long_rope_from=context.long_rope_from,
         )
-        self._runner = runner
-        self._sampler = Sampler(runner.ops, plan.max_rows, info.vocab_size)
+        self._runner, self._sampler = bound.runner, bound.sampler
         self._clock = clock
         self._aborted: list[tuple[str, float]] = []  # and when; the next step drops them
         self._counters = _Counters()
-        self.progress = runner.ops.progress  # a count of finished ops
+        self.progress = bound.runner.ops.progress  # a count of finished ops
 
     @property
     def has_work(self) -> bool:
@@ -176,8 +176,13 @@ class EngineCore:
             num_preemptions=counters.num_preemptions,
             num_requests_finished=counters.num_requests_finished,
             num_requests_aborted=counters.num_requests_aborted,
+            num_compiled_after_ready=self._num_compiled(),
             cancel_to_free_s=counters.cancel_to_free_s,
         )
+
+    def _num_compiled(self) -> int:
+        compilation = self._runner.ops.compilation
+        return 0 if compilation is None else compilation.num_compiled_after_ready
 
     def _drop_ended(self, now: float) -> list[TokenEvent]:
         counters, events = self._counters, []
@@ -335,6 +340,11 @@ def load(
         num_blocks=plan.num_blocks,
         block_tokens=plan.block_tokens,
     )
+    sampler = Sampler(ops, plan.max_rows, spec.vocab_size)
+    bound = Bound(runner, sampler, plan.most, plan.block_tokens)
+    if ops.compilation is not None and config.device != "cpu":  # else: interpreted, for tests
+        warm_up(bound)
+        ops.compilation.seal(config.gpu.strict_jit)
     info = EngineInfo(
         architecture=spec.architecture,
         vocab_size=spec.vocab_size,
@@ -356,7 +366,7 @@ def load(
         isa=ops.isa,
     )
     context = ContextRules(window=spec.window, long_rope_from=spec.long_rope_from)
-    return EngineCore(config, plan, runner, context=context, info=info, clock=time.monotonic)
+    return EngineCore(config, plan, bound, context=context, info=info, clock=time.monotonic)
 
 
 def _load_ops(config: Config, plan: Plan) -> backend.Ops:
@@ -365,8 +375,9 @@ def _load_ops(config: Config, plan: Plan) -> backend.Ops:
             return backend.load(config.runs_on, threads=plan.threads, isa=config.cpu.isa)
         except ValueError as error:  # the library alone knows what the CPU has
             raise ConfigError(f"cpu.{error}") from error
+    folder = config.gpu.kernel_cache_dir
     try:
-        return backend.load(config.runs_on, device=config.device)
+        return backend.load(config.runs_on, device=config.device, cache_dir=folder)
     except ValueError as error:  # torch alone knows what devices there are
         raise ConfigError(str(error)) from error
 

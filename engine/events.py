@@ -144,5 +144,6 @@ class Loads:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_requests_finished: int = 0
+    num_compiled_after_ready: int = 0  # GPU kernels; each made a step wait
     num_requests_aborted: int = 0  # by abort (a stop string is one), hang-up or deadline
     cancel_to_free_s: float = 0.0  # the longest that an abort took to free its blocks

@@ -12,6 +12,7 @@ from typing import Any
 from vivace.engine.config import CacheConfig, Config, SchedulerConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
+from vivace.engine.models.fuse import fuse
 from vivace.engine.models.hf_config import spec_of
 from vivace.engine.models.json_fields import Fields, read_fields
 from vivace.engine.models.spec import ModelSpec
@@ -38,14 +39,15 @@ class Model:
     config: Config
     spec: ModelSpec
     is_bf16: bool
+    kv_dtype: DType
 
     def bind(self, ops: Ops) -> Bound:
         """Ready to run on ops without memory, or such that make up the weights."""
         spec = one_of_each(self.spec)
-        program = emit(spec, DType(self.config.cache.dtype.value))
+        program = emit(spec, self.kv_dtype)
         if self.is_bf16:
             program = in_bf16(program, lambda value: True)
-        return bind_dry(self.config, spec, program, ops)
+        return bind_dry(self.config, spec, fuse(program), ops)
 
     def run(self, ops: Ops) -> None:
         """Meet every kernel that serving it can."""
@@ -130,4 +132,7 @@ def _model(fields: Fields, cache: CacheConfig) -> Model:
         scheduler=LARGE_STEPS,
         cache=replace(cache, memory_bytes=KV_BYTES),
     )
-    return Model(config, spec_of(fields), dtype == "bfloat16")
+    is_bf16 = dtype == "bfloat16"
+    as_served = DType.BF16 if is_bf16 else DType.FP32
+    kv_dtype = as_served if cache.dtype is None else DType(cache.dtype.value)
+    return Model(config, spec_of(fields), is_bf16, kv_dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
+from vivace.engine.models.fuse import fuse
 from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of, weight_bytes
 from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
@@ -94,7 +95,7 @@ def program_of(config: Config, spec: ModelSpec) -> Program:
         return stored
     if config.cache.dtype is None and weight_dtype(config, stored) == DType.BF16.value:
         stored = as_stored(config.model, emit(spec, DType.BF16), spec.architecture)
-    return stored
+    return fuse(stored)
 
 
 def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:

@@ -60,7 +60,7 @@ def bind_dry(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> Bou
         for value in values_of(program)
         if value.kind is Kind.WEIGHT
     }
-    num_blocks, block_tokens = plan.num_blocks, config.cache.block_tokens
+    num_blocks, block_tokens = plan.num_blocks, plan.block_tokens
     runner = Runner(
         program, ops, weights, most=plan.most, num_blocks=num_blocks, block_tokens=block_tokens
     )

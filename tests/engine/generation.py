@@ -26,9 +26,9 @@ def config(
     return Config(
         model=directory,
         backend=backend,
+        cpu=CpuConfig(threads=threads) if backend is Backend.CPU else CpuConfig(),
         scheduler=SchedulerConfig(**scheduler),
         cache=CacheConfig(memory_bytes=memory_bytes, prefix_sharing=sharing),
-        cpu=CpuConfig(threads=threads),
     )
 
 
