@@ -10,13 +10,15 @@ from pathlib import Path
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
+from vivace.engine.events import SparseLimits
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of, weight_bytes
 from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.models.weights import as_stored
-from vivace.engine.runner import arena_bytes
+from vivace.engine.runner import BYTES, arena_bytes, meta_shape
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.engine.sparse import MAX_META_UNITS, sparse_limits
 from vivace.kernels.buffer import DType, kv_head_bytes
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
@@ -49,6 +51,7 @@ class Plan:
     arena_bytes: int
     max_rows: int
     most: dict[Symbol, int]  # the largest step
+    sparse: SparseLimits | None
 
 
 def read_machine() -> Machine:
@@ -71,7 +74,7 @@ def read_machine() -> Machine:
 
 def program_of(config: Config, spec: ModelSpec) -> Program:
     """What the engine of this config runs."""
-    plain = emit(spec, DType(config.cache.dtype.value))
+    plain = emit(spec, DType(config.cache.dtype.value), config.cache.block_tokens)
     if config.weights.quantize is Quantize.NONE:
         return as_stored(config.model, plain, spec.architecture)
     return quantize(plain, config.weights.quantize, config.weights.group)
@@ -98,10 +101,11 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.P: scheduler.max_step_tokens,
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
+        Symbol.U: MAX_META_UNITS,
     }
     all_weight_bytes = num_weight_bytes(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
-    block_bytes = kv_token_bytes(program) * block_tokens
+    block_bytes = kv_token_bytes(program) * block_tokens + meta_bytes(program, block_tokens)
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(machine)
@@ -128,6 +132,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         arena_bytes=work_bytes,
         max_rows=max_rows,
         most=most,
+        sparse=sparse_limits(config, spec),
     )
 
 
@@ -186,6 +191,15 @@ def kv_token_bytes(program: Program) -> int:
         2 * G * kv_head_bytes(D, cache.dtype)
         for cache in caches
         for G, D in [sized(cache.shape, {})]
+    )
+
+
+def meta_bytes(program: Program, block_tokens: int) -> int:
+    """Bytes of what selection knows of one block, over all layers."""
+    return sum(
+        BYTES[value.dtype] * prod(meta_shape(value, 1, block_tokens))
+        for value in values_of(program)
+        if value.kind is Kind.META
     )
 
 
