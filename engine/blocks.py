@@ -16,6 +16,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, prefix: PrefixIndex) -> None:
         self._prefix = prefix
         self._num_holders = [0] * num_blocks
+        self._num_uses = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack, lowest number on top
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
 
@@ -38,6 +39,10 @@ class BlockPool:
         """How many requests hold a block."""
         return self._num_holders[block]
 
+    def use(self, block: int) -> int:
+        """The how-manieth use this is of a block. What is known of its content holds for this one alone."""
+        return self._num_uses[block]
+
     def take(self, count: int) -> list[int] | None:
         """`count` blocks for one holder, or None, with nothing changed, if there are not that many."""
         if count > self.num_available:
@@ -46,6 +51,7 @@ class BlockPool:
         for block in blocks:
             assert self._num_holders[block] == 0
             self._num_holders[block] = 1
+            self._num_uses[block] += 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:

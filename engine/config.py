@@ -145,6 +145,42 @@ class WeightsConfig:
             raise ConfigError(f"weights.group must be 32, 64 or 128, got {self.group}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseConfig:
+    """Block-sparse decode. A request's own `sparse` goes before the first three."""
+
+    budget_tokens: int | None = setting(
+        None,
+        "tokens of its context that a decoding token attends to, for requests that do not say: 2048 "
+        "where long contexts must be fast and most of their text is beside the point; unset: all",
+    )
+    min_context_tokens: int = setting(
+        8192,
+        "contexts under that stay dense: lower where even they are slow, higher where they must be exact",
+        low=0,
+    )
+    layers_dense: int = setting(
+        2,
+        "first layers that stay dense, whose attention is spread; more where quality falls, 0 for speed",
+        low=0,
+    )
+    min_kept_mass: float = setting(
+        0.9,
+        "share of attention that the selection must keep, where it is measured, or the request is "
+        "dense from there on: higher for quality, 0 to measure alone",
+        low=0,
+        high=1,
+    )
+    measure_every: int = setting(
+        32,
+        "tokens from one that is measured to the next: fewer see a loss sooner, and measuring one "
+        "costs half of what dense attention does",
+    )
+
+    def __post_init__(self) -> None:
+        _check("sparse.", self)
+
+
 def quantized_by(word: str | None) -> WeightsConfig:
     """The weights' settings, with a word for one of them. Raises ConfigError for a word that is none."""
     return WeightsConfig(quantize=_one_of(Quantize, "quantize", word or "none"))
@@ -223,6 +259,7 @@ class Config:
     cpu: CpuConfig = field(default_factory=CpuConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
 
     @property
     def runs_on(self) -> Backend:
@@ -250,6 +287,7 @@ class ServeConfig:
     cpu: CpuConfig = field(default_factory=CpuConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     models: Mapping[str, Path] = field(default_factory=dict)  # by the name that clients know
 
@@ -276,6 +314,7 @@ class ServeConfig:
             cpu=self.cpu,
             gpu=self.gpu,
             weights=self.weights,
+            sparse=self.sparse,
         )
 
 

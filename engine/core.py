@@ -7,7 +7,7 @@ request took, never to decide anything.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ from vivace.engine.request import Request
 from vivace.engine.runner import Runner
 from vivace.engine.sampler import RowLogprobs, Sampler
 from vivace.engine.scheduler import ContextRules, Scheduler
+from vivace.engine.sparse import SparseDecode
 from vivace.engine.warm_up import Bound, warm_up
 from vivace.kernels import backend
 
@@ -99,6 +100,13 @@ class EngineCore:
             vocab_size=info.vocab_size,
             long_rope_from=context.long_rope_from,
         )
+        self._sparse = SparseDecode(
+            config.sparse,
+            self._pool,
+            plan.sparse,
+            block_tokens=block_tokens,
+            max_running=config.scheduler.max_running,
+        )
         self._runner, self._sampler = bound.runner, bound.sampler
         self._clock = clock
         self._aborted: list[tuple[str, float]] = []  # and when; the next step drops them
@@ -122,20 +130,20 @@ class EngineCore:
                 f"prompt and max_tokens must fit the context of {self.info.max_context_tokens} "
                 f"tokens, got {most}"
             )
-        self._scheduler.add(
-            Request(
-                id=request.request_id,
-                tokens=list(request.prompt_token_ids),
-                num_prompt_tokens=len(request.prompt_token_ids),
-                sampling=request.sampling,
-                arrival=now,
-                deadline=request.deadline,
-                salt=request.salt,
-                priority=request.priority,
-                pooling=request.pooling,
-                prompt_logprobs=_unwanted_logprobs(request),
-            )
+        queued = Request(
+            id=request.request_id,
+            tokens=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            sampling=request.sampling,
+            arrival=now,
+            deadline=request.deadline,
+            salt=request.salt,
+            priority=request.priority,
+            pooling=request.pooling,
+            prompt_logprobs=_unwanted_logprobs(request),
         )
+        self._scheduler.add(queued)
+        self._sparse.num_live += queued.sparse is not None
 
     def abort(self, request_id: str, now: float) -> bool:
         """End a request early; the next step frees its blocks and gives its last event. False if it is not here."""
@@ -152,8 +160,12 @@ class EngineCore:
             return events
         batch = self._batcher.build(step)
         sample = partial(self._sampler.sample, batch=batch) if batch.num_sampled else None
-        logits_RV, hidden_PM = self._runner.step(batch.inputs, batch.num_rows, sample)
+        inputs = batch.inputs | self._sparse.inputs(step)
+        logits_RV, hidden_PM = self._runner.step(inputs, batch.num_rows, sample)
         sampled = self._sampler.sampled(batch) if batch.num_sampled else []
+        if self._sparse.measured:
+            mass_B2 = self._runner.kept_mass(len(inputs["context_lens"]))
+            self._sparse.judge(self._runner.ops.memory.read(mass_B2))
         logprobs = self._sampler.logprobs(logits_RV, batch, sampled)
         if batch.pooled_rows:
             pooling.add_rows(batch.pooled_rows, self._runner.ops.memory.read(hidden_PM))
@@ -178,6 +190,10 @@ class EngineCore:
             num_requests_aborted=counters.num_requests_aborted,
             num_compiled_after_ready=self._num_compiled(),
             cancel_to_free_s=counters.cancel_to_free_s,
+            num_sparse_tokens=self._sparse.num_tokens,
+            num_measured_rows=self._sparse.num_measured,
+            kept_mass_sum=self._sparse.kept_mass_sum,
+            num_returned_to_dense=self._sparse.num_returned,
         )
 
     def _num_compiled(self) -> int:
@@ -244,6 +260,7 @@ class EngineCore:
         self._counters.num_prompt_tokens += request.num_prompt_tokens
         self._counters.num_cached_tokens += request.num_cached_tokens
         self._counters.num_preemptions += request.num_preemptions
+        self._sparse.num_live -= request.sparse is not None
 
 
 def _token_event(
@@ -293,7 +310,7 @@ def _unwanted_logprobs(request: EngineRequest) -> list[TokenLogprobs | None]:
 def _usage(request: Request, then: float) -> Usage:
     scheduled = then if request.first_scheduled is None else request.first_scheduled
     first_token = request.arrival if request.first_token is None else request.first_token
-    return Usage(
+    usage = Usage(
         prompt_tokens=request.num_prompt_tokens,
         cached_tokens=request.num_cached_tokens,
         completion_tokens=request.num_generated,
@@ -301,6 +318,16 @@ def _usage(request: Request, then: float) -> Usage:
         first_token_s=first_token - request.arrival,
         total_s=then - request.arrival,
         num_preemptions=request.num_preemptions,
+    )
+    if (state := request.sparse) is None:
+        return usage
+    count = state.num_measured
+    return replace(
+        usage,
+        sparse_tokens=state.num_tokens,
+        kept_mass=state.kept_mass_sum / count if count else None,
+        num_measured=count,
+        returned_to_dense=state.is_returned,
     )
 
 
@@ -364,6 +391,7 @@ def load(
         max_waiting=config.scheduler.max_waiting,
         load_s=time.monotonic() - start,
         isa=ops.isa,
+        sparse=plan.sparse,
     )
     context = ContextRules(window=spec.window, long_rope_from=spec.long_rope_from)
     return EngineCore(config, plan, bound, context=context, info=info, clock=time.monotonic)

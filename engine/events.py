@@ -26,6 +26,25 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sparse:
+    """Block-sparse decode: which tokens attend to a part of their context, and to how much of it."""
+
+    budget_tokens: int  # that a token attends to; its context must be longer
+    min_context_tokens: int  # the token included; under that it is dense
+    layers_dense: int  # of the model's layers, how many first ones are always dense
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLimits:
+    """What an engine has of it."""
+
+    default: Sparse | None  # for requests that do not say; None: they are dense
+    unset: Sparse  # what the fields of a request that it leaves open become
+    least_budget_tokens: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn and when to stop; every field set and in range (`sampling.resolve` made it)."""
 
@@ -48,6 +67,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     allowed_token_ids: tuple[int, ...] = ()  # empty: all
     bad_token_ids: tuple[int, ...] = ()  # never drawn
+    sparse: Sparse | None = None  # None: dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +104,10 @@ class Usage:
     first_token_s: float  # until its first token; 0 if it had none
     total_s: float
     num_preemptions: int
+    sparse_tokens: int = 0  # that attended to a part of their context, computed again included
+    kept_mass: float | None = None  # mean share of attention that the part had, of those measured
+    num_measured: int = 0
+    returned_to_dense: bool = False  # by the recall guard
 
 
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -126,6 +150,7 @@ class EngineInfo:
     load_s: float  # from start to ready
     device: str = "cpu"  # or a GPU, as torch names it
     isa: str | None = None  # instruction set of the ops; None: the backend has no choice
+    sparse: SparseLimits | None = None  # None: no layer can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +172,7 @@ class Loads:
     num_compiled_after_ready: int = 0  # GPU kernels; each made a step wait
     num_requests_aborted: int = 0  # by abort (a stop string is one), hang-up or deadline
     cancel_to_free_s: float = 0.0  # the longest that an abort took to free its blocks
+    num_sparse_tokens: int = 0  # that attended to a part of their context
+    num_measured_rows: int = 0  # of these, whose kept share of attention was measured
+    kept_mass_sum: float = 0.0  # of these shares
+    num_returned_to_dense: int = 0  # requests, by the recall guard

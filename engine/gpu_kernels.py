@@ -17,6 +17,7 @@ from vivace.engine.models.hf_config import spec_of
 from vivace.engine.models.json_fields import Fields, read_fields
 from vivace.engine.models.spec import ModelSpec
 from vivace.engine.models.weights import in_bf16
+from vivace.engine.plan import block_tokens_of
 from vivace.engine.warm_up import Bound, bind_dry, one_of_each, warm_up
 from vivace.kernels.backend import Backend, Ops, bind_triton
 from vivace.kernels.buffer import DType
@@ -44,7 +45,7 @@ class Model:
     def bind(self, ops: Ops) -> Bound:
         """Ready to run on ops without memory, or such that make up the weights."""
         spec = one_of_each(self.spec)
-        program = emit(spec, self.kv_dtype)
+        program = emit(spec, self.kv_dtype, block_tokens_of(self.config))
         if self.is_bf16:
             program = in_bf16(program, lambda value: True)
         return bind_dry(self.config, spec, fuse(program), ops)

@@ -105,6 +105,7 @@ class LLM:
             vocab_size=self._core.info.vocab_size,
             max_context_tokens=self._core.info.max_context_tokens,
             defaults=read_generation_defaults(directory),
+            sparse=self._core.info.sparse,
         )
         self._ids = itertools.count()
 

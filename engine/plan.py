@@ -10,14 +10,16 @@ from pathlib import Path
 
 from vivace.engine.config import Config
 from vivace.engine.errors import ConfigError
+from vivace.engine.events import SparseLimits
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.fuse import fuse
 from vivace.engine.models.program import Kind, Program, Symbol, sized, values_of, weight_bytes
 from vivace.engine.models.quantize import Quantize, quantize
 from vivace.engine.models.spec import ModelSpec, MoeSpec
 from vivace.engine.models.weights import as_stored
-from vivace.engine.runner import arena_bytes
+from vivace.engine.runner import BYTES, arena_bytes, meta_shape
 from vivace.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS
+from vivace.engine.sparse import MAX_META_UNITS, sparse_limits
 from vivace.kernels.backend import Backend, free_bytes
 from vivace.kernels.buffer import DType, kv_head_bytes
 
@@ -56,6 +58,7 @@ class Plan:
     arena_bytes: int
     max_rows: int
     most: dict[Symbol, int]  # the largest step
+    sparse: SparseLimits | None
 
 
 def read_machine(device: str = "cpu") -> Machine:
@@ -87,15 +90,22 @@ def read_machine(device: str = "cpu") -> Machine:
 def program_of(config: Config, spec: ModelSpec) -> Program:
     """What the engine of this config runs."""
     kv_dtype = DType.FP32 if config.cache.dtype is None else DType(config.cache.dtype.value)
-    plain = emit(spec, kv_dtype)
+    plain = emit(spec, kv_dtype, block_tokens_of(config))
     if config.weights.quantize is not Quantize.NONE:
         return quantize(plain, config.weights.quantize, config.weights.group)
     stored = as_stored(config.model, plain, spec.architecture)
     if config.runs_on is not Backend.TRITON:
         return stored
     if config.cache.dtype is None and weight_dtype(config, stored) == DType.BF16.value:
-        stored = as_stored(config.model, emit(spec, DType.BF16), spec.architecture)
+        stored = as_stored(
+            config.model, emit(spec, DType.BF16, block_tokens_of(config)), spec.architecture
+        )
     return fuse(stored)
+
+
+def block_tokens_of(config: Config) -> int:
+    """The setting, or what suits the backend."""
+    return config.cache.block_tokens or BLOCK_TOKENS.get(config.runs_on, OTHER_BLOCK_TOKENS)
 
 
 def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machine) -> Plan:
@@ -111,7 +121,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
             f"max_context_tokens must be in 2..{spec.max_context_tokens}, the model's own, got {context}"
         )
     scheduler = config.scheduler
-    block_tokens = config.cache.block_tokens or BLOCK_TOKENS.get(config.runs_on, OTHER_BLOCK_TOKENS)
+    block_tokens = block_tokens_of(config)
     max_rows = scheduler.max_running + MAX_PROMPT_LOGPROB_ROWS
     most = {
         Symbol.T: scheduler.max_step_tokens,
@@ -120,10 +130,11 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         Symbol.P: scheduler.max_step_tokens,
         Symbol.R: max_rows,
         Symbol.X: -(-context // block_tokens),
+        Symbol.U: MAX_META_UNITS,
     }
     all_weight_bytes = num_weight_bytes(program)
     work_bytes = arena_bytes(program, most) + FP32_BYTES * max_rows * spec.vocab_size
-    block_bytes = kv_token_bytes(program) * block_tokens
+    block_bytes = kv_token_bytes(program) * block_tokens + meta_bytes(program, block_tokens)
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(machine)
@@ -152,6 +163,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
         arena_bytes=work_bytes,
         max_rows=max_rows,
         most=most,
+        sparse=sparse_limits(config, spec, block_tokens),
     )
 
 
@@ -217,6 +229,15 @@ def kv_token_bytes(program: Program) -> int:
         2 * G * kv_head_bytes(D, cache.dtype)
         for cache in caches
         for G, D in [sized(cache.shape, {})]
+    )
+
+
+def meta_bytes(program: Program, block_tokens: int) -> int:
+    """Bytes of what selection knows of one block, over all layers."""
+    return sum(
+        BYTES[value.dtype] * prod(meta_shape(value, 1, block_tokens))
+        for value in values_of(program)
+        if value.kind is Kind.META
     )
 
 

@@ -6,9 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from vivace.engine.events import Pooling, Sampling, TokenLogprobs
+from vivace.engine.events import Pooling, Sampling, Sparse, TokenLogprobs
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class SparseState:
+    """What has become of a request that may decode sparsely. `sparse.py` writes to it; the scheduler, to forget what was
+    computed."""
+
+    rules: Sparse
+    num_units: int = 0  # leading ones that have metadata
+    first_position: int | None = None  # of a token in the cache that was computed sparsely
+    num_tokens: int = 0  # computed sparsely
+    num_measured: int = 0
+    kept_mass_sum: float = 0.0
+    is_returned: bool = False  # to dense attention, for good
+
+    def forget(self) -> None:
+        """Its blocks are gone."""
+        self.num_units, self.first_position = 0, None
 
 
 @dataclass(eq=False, slots=True)
@@ -41,9 +59,12 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     hidden_sum_M: Array | None = None  # fp64, of the final hidden states pooled so far
     stop_token_ids: frozenset[int] = field(init=False)
+    sparse: SparseState | None = field(init=False)  # None: dense
 
     def __post_init__(self) -> None:
         self.stop_token_ids = frozenset(self.sampling.stop_token_ids)
+        rules = self.sampling.sparse
+        self.sparse = None if rules is None else SparseState(rules)
 
     @property
     def num_pending(self) -> int:

@@ -25,6 +25,7 @@ from vivace.engine.models.program import (
 )
 from vivace.kernels.backend import Ops
 from vivace.kernels.buffer import Buffer, DType
+from vivace.kernels.selection import unit_tokens
 
 Array = np.ndarray[Any, Any]
 
@@ -36,7 +37,8 @@ BYTES = {
     DType.INT32: 4,
     DType.INT64: 8,
 }
-SIZES = (Symbol.T, Symbol.B, Symbol.P, Symbol.R)  # of a replay; the others follow or are fixed
+# Of a replay; the others follow or are fixed.
+SIZES = (Symbol.T, Symbol.B, Symbol.P, Symbol.R, Symbol.U)
 MAX_BOUND = 256  # sizes whose views are kept: decode steps come back to the same few
 
 
@@ -69,6 +71,7 @@ class Runner:
             ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
         ]
         self._slots = assign_slots(program, most)
+        self._kept_mass = program.kept_mass
         values = list(dict.fromkeys((*values_of(program), program.hidden, program.logits)))
         places = {value: i for i, value in enumerate(values)}
         self._fixed: list[Buffer | None] = [None] * len(values)
@@ -82,6 +85,9 @@ class Runner:
                 G, D = sized(value.shape, {})
                 cache = ops.memory.kv_cache(num_blocks, block_tokens, G, D, value.dtype)
                 self._fixed[i] = self.caches[value.name] = cache
+            elif value.kind is Kind.META:
+                shape = meta_shape(value, num_blocks, block_tokens)
+                self._fixed[i] = ops.memory.empty(shape, value.dtype)
         self._inputs = [(value, i) for value, i in places.items() if value.kind is Kind.INPUT]
         self._activations = [
             (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
@@ -140,6 +146,12 @@ class Runner:
         )
         return logits, hidden
 
+    def kept_mass(self, num_requests: int) -> Buffer:
+        """Of the step just run, [B, 2]: of each measured request, the sum over its sparse layers of the share of attention
+        that the selection kept, and their number. Valid until the next step."""
+        assert self._kept_mass is not None
+        return self._view(self._kept_mass, {Symbol.B: num_requests})
+
     def _loop(self, inputs: Mapping[str, Array], sizes: Sizes) -> tuple[Buffer, Buffer]:
         """Every op called in its turn."""
         upload = self.ops.memory.upload
@@ -187,6 +199,7 @@ class Runner:
             raise ValueError(
                 f"query_starts must be [{sizes[Symbol.B] + 1}], got [{sizes[Symbol.B1]}]"
             )
+        sizes.setdefault(Symbol.U, 0)  # no layer can be sparse
         num_rows = sizes[Symbol.P]
         sizes[Symbol.R] = num_rows if num_logits is None else num_logits
         if not 0 <= sizes[Symbol.R] <= num_rows:
@@ -212,6 +225,12 @@ class Runner:
         """An activation, where it lies."""
         slot = self._arena[self._slots[value.owner]]
         return self.ops.memory.view(slot, sized(value.shape, sizes))
+
+
+def meta_shape(value: Value, num_blocks: int, block_tokens: int) -> tuple[int, ...]:
+    """Of a layer's metadata: mean and deviation of K of each unit."""
+    G, D = sized(value.shape, {})
+    return num_blocks * (block_tokens // unit_tokens(block_tokens)), G, 2, D
 
 
 def _slot_sizes(program: Program, most: Sizes) -> list[tuple[int, DType]]:

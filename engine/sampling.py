@@ -6,10 +6,10 @@ and the text layer's `TextRules`, with the checkpoint's defaults filled in, or s
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from vivace.engine.errors import InvalidRequest, Unimplemented
-from vivace.engine.events import Sampling
+from vivace.engine.events import Sampling, Sparse, SparseLimits
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -63,6 +63,15 @@ LOGIT_BIAS = Span(-100, 100)
 
 
 @dataclass(frozen=True, slots=True)
+class SparseParams:
+    """Block-sparse decode. What is unset becomes what the engine's settings say."""
+
+    budget_tokens: int | None = None  # that a token attends to; 0: all, so dense
+    min_context_tokens: int | None = None  # under that it is dense
+    layers_dense: Sequence[int] | None = None  # first layers, which are always dense; empty: unset
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """vLLM's names. None: unset, so the checkpoint's generation_config decides, else the engine's default."""
 
@@ -90,6 +99,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # unset or empty: all
     bad_token_ids: Sequence[int] | None = None
     echo: bool | None = None
+    sparse: SparseParams | Mapping[str, object] | None = None  # unset: as the engine is set, dense
     # Known, and refused while it is not served:
     bad_words: Sequence[str] | None = None
 
@@ -117,6 +127,7 @@ class ModelLimits:
     vocab_size: int
     max_context_tokens: int
     defaults: GenerationDefaults
+    sparse: SparseLimits | None = None  # None: no layer can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +205,7 @@ def resolve(
         logit_bias=_logit_bias(params.logit_bias, limits),
         allowed_token_ids=_token_ids("allowed_token_ids", params.allowed_token_ids, limits),
         bad_token_ids=_token_ids("bad_token_ids", params.bad_token_ids, limits),
+        sparse=_sparse(params.sparse, limits.sparse),
     )
     _check_some_token_is_left(sampling, limits.vocab_size)
     rules = TextRules(
@@ -260,6 +272,48 @@ def _check_some_token_is_left(sampling: Sampling, vocab_size: int) -> None:
             "min_tokens must be 0 where allowed_token_ids and bad_token_ids leave only tokens that "
             f"stop, got {sampling.min_tokens}"
         )
+
+
+def _sparse(
+    wanted: SparseParams | Mapping[str, object] | None, limits: SparseLimits | None
+) -> Sparse | None:
+    if wanted is None:
+        return None if limits is None else limits.default
+    if isinstance(wanted, Mapping):
+        names = [field.name for field in fields(SparseParams)]
+        if unknown := [name for name in wanted if name not in names]:
+            raise InvalidRequest(f"sparse must hold only {', '.join(names)}, got {_shown(unknown)}")
+        wanted = SparseParams(**wanted)  # type: ignore[arg-type]  # checked below
+    if not isinstance(wanted, SparseParams):
+        raise InvalidRequest(f"sparse must be SparseParams or a mapping, got {_shown(wanted)}")
+    if limits is None:
+        raise InvalidRequest(
+            "sparse must not be set for this model: all its layers have a window, so that none "
+            f"attends to long contexts, got {_shown(wanted)}"
+        )
+    unset, budget = limits.unset, wanted.budget_tokens
+    if budget != 0 or isinstance(budget, bool):
+        name, least = "sparse.budget_tokens, if not 0,", limits.least_budget_tokens
+        budget = _whole(name, budget, unset.budget_tokens, least, None)
+    name, context = "sparse.min_context_tokens", wanted.min_context_tokens
+    min_context = _whole(name, context, unset.min_context_tokens, 0, None)
+    layers = _layers_dense(wanted.layers_dense, limits)
+    return Sparse(budget, min_context, layers) if budget else None
+
+
+def _layers_dense(wanted: Sequence[int] | None, limits: SparseLimits) -> int:
+    """How many: they are the first."""
+    if not isinstance(wanted, Sequence | None) or isinstance(wanted, str):
+        raise InvalidRequest(f"sparse.layers_dense must be a list of layers, got {_shown(wanted)}")
+    if not wanted:
+        return limits.unset.layers_dense
+    first = range(min(len(wanted), limits.num_layers))
+    if list(wanted) != list(first) or bool in map(type, wanted):
+        raise InvalidRequest(
+            "sparse.layers_dense must be the model's first layers in order, 0, 1, ... up to "
+            f"{limits.num_layers - 1} at most, got {_shown(wanted)}"
+        )
+    return len(first)
 
 
 def _whole(name: str, value: int | None, default: int, low: int, high: int | None) -> int:

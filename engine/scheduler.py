@@ -380,6 +380,8 @@ class Scheduler:
         self._slots.append(request.slot)
         request.blocks, request.num_released, request.num_computed = [], 0, 0
         request.slot, request.milestone = -1, 0
+        if request.sparse is not None:
+            request.sparse.forget()
 
     def _num_passed(self, num_computed: int) -> int:
         """Leading blocks of which the token at position `num_computed`, and so any later one, sees nothing."""
@@ -403,13 +405,16 @@ class Scheduler:
         insort(self._waiting, request, key=_place)
 
     def _publish(self, request: Request, first: int) -> None:
-        """Let others find the blocks that have just become full."""
+        """Let others find the blocks that have just become full, up to the first token that was computed sparsely: they asked
+        for no approximation."""
         last = request.num_computed // self._block_tokens
         if last > first:
             self._extend_digests(request)
+        sparse_from = None if request.sparse is None else request.sparse.first_position
         for i in range(first, last):
             digest = request.digests[i]
-            self._prefix.insert(digest, request.blocks[i])
+            if sparse_from is None or (i + 1) * self._block_tokens <= sparse_from:
+                self._prefix.insert(digest, request.blocks[i])
             if self._computing.get(digest) is request:
                 del self._computing[digest]
 

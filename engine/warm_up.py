@@ -104,6 +104,10 @@ def step_inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[
         "query_starts": starts,
         "context_lens": lens_B,
         "rows": np.zeros(num_rows, np.int32),
+        "meta_units": np.zeros(1, np.int32),
+        "sparse_budgets": np.zeros(num_requests, np.int32),
+        "sparse_dense_layers": np.zeros(num_requests, np.int32),
+        "sparse_measured": np.zeros(num_requests, np.int32),
     }
 
 

@@ -15,7 +15,7 @@ from vivace.engine.events import (
     TokenLogprobs,
     Usage,
 )
-from vivace.engine.sampling import GenerationDefaults, SamplingParams
+from vivace.engine.sampling import GenerationDefaults, SamplingParams, SparseParams
 from vivace.engine.scoring import Embedding, Score
 from vivace.serving.protos.vivace.v1 import inference_pb2 as pb
 
@@ -39,7 +39,8 @@ SERVED = {  # message -> its fields that are read; any other field that is set i
     "ContentPart": {"text"},
     "SamplingParams": {*SAMPLING, *LISTS, "logit_bias"},
     "ResponseOptions": set(RESPONSE),
-    "RequestOptions": {"cache_salt", "priority"},
+    "RequestOptions": {"cache_salt", "priority", "sparse"},
+    "Sparse": {"budget_tokens", "min_context_tokens", "layers_dense"},
     "TokenIds": {"ids"},
     "Prompt": {"text", "token_ids"},
     "EmbedRequest": {"request_id", "model", "inputs", "pooling", "normalize", "options"},
@@ -86,6 +87,13 @@ def sampling_params(request: Request) -> SamplingParams:
             found[field.name] = list(value) if field.name in LISTS else value
     if "logit_bias" in found:
         found["logit_bias"] = dict(found["logit_bias"])
+    if request.options.HasField("sparse"):
+        sparse = request.options.sparse
+        found["sparse"] = SparseParams(
+            optional(sparse, "budget_tokens"),
+            optional(sparse, "min_context_tokens"),
+            list(sparse.layers_dense),
+        )
     return SamplingParams(**found)
 
 

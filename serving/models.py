@@ -29,7 +29,10 @@ class ServedModel:
     @property
     def limits(self) -> ModelLimits:
         """What requests are measured against."""
-        return ModelLimits(self.info.vocab_size, self.info.max_context_tokens, self.defaults)
+        info = self.info
+        return ModelLimits(
+            info.vocab_size, info.max_context_tokens, self.defaults, sparse=info.sparse
+        )
 
     @property
     def max_parallel(self) -> int:

@@ -2,6 +2,7 @@
 to judge.
 """
 
+import json
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ class Param:
     """A parameter by the API's name. `is_list`: its flag may be repeated, once a value."""
 
     name: str
-    kind: type  # int, float, bool, str; dict: token ids to numbers
+    kind: type  # int, float, bool, str; dict: token ids to numbers; object: fields of a message, in JSON
     about: str
     is_list: bool = False
 
@@ -53,6 +54,7 @@ PARAMS = (
     Param("prompt_logprobs_start", int, "the first of those places, from 0"),
     Param("cache_salt", str, "share cached prefixes only with requests of the same salt"),
     Param("priority", int, "higher ones start first; default 0"),
+    Param("sparse", object, 'decode on a part of long contexts, such as {"budget_tokens": 2048}'),
 )
 BY_NAME = {param.name: param for param in PARAMS}
 
@@ -67,6 +69,8 @@ def add_flags(parser: ArgumentParser, *, without: Collection[str] = ()) -> None:
             words = {"action": BooleanOptionalAction}
         elif param.kind is dict:
             words = {"action": "append", "type": _pair, "metavar": "ID=NUMBER"}
+        elif param.kind is object:
+            words = {"type": _object, "metavar": "JSON"}
         elif param.is_list:
             words["action"] = "append"
         parser.add_argument(f"--{param.flag}", dest=param.name, help=param.about, **words)
@@ -102,6 +106,10 @@ def _typed(param: Param, value: Any) -> Any:
             raise InvalidRequest(
                 f"{param.name} must be token ids to numbers, got {value!r}"
             ) from error
+    if param.kind is object:
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"{param.name} must be an object, got {value!r}")
+        return value
     is_list = param.is_list and isinstance(value, list)
     for one in value if is_list else (value,):
         kinds = (int, float) if param.kind is float else (param.kind,)
@@ -110,6 +118,16 @@ def _typed(param: Param, value: Any) -> Any:
             several = ", or a list of such" if param.is_list else ""
             raise InvalidRequest(f"{param.name} must be {noun[param.kind]}{several}, got {one!r}")
     return [value] if param.is_list and not is_list else value
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"a JSON object, got {text!r}")
+    return found
 
 
 def _pair(text: str) -> tuple[int, float]:

@@ -358,6 +358,10 @@ async def _echo(
 
 
 def _call(model: ServedModel, options: pb.RequestOptions, running: Running) -> scoring.Call:
+    if options.HasField("sparse"):
+        raise InvalidRequest(
+            "options.sparse must not be set in Embed and Score, which decode nothing"
+        )
     return scoring.Call(
         running.id,
         running.deadline,

@@ -4,7 +4,7 @@ Also the oracle: what transformers says about the same tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ class Request:
         return len(self.tokens) - self.num_computed
 
 
+def nobody_sparse(num_requests: int) -> dict[str, Any]:
+    """Inputs of a step in which all requests are dense."""
+    names = ("sparse_budgets", "sparse_dense_layers", "sparse_measured")
+    of_requests = {name: np.zeros(num_requests, np.int32) for name in names}
+    return {"meta_units": np.zeros(0, np.int32)} | of_requests
+
+
 @dataclass
 class Driver:
     """One model on one backend."""
@@ -58,9 +65,14 @@ class Driver:
         """Give the blocks back."""
         self.free += request.blocks
 
-    def step(self, chunks: Sequence[tuple[Request, int]], rows: str = "all") -> Array:
+    def step(
+        self,
+        chunks: Sequence[tuple[Request, int]],
+        rows: str = "all",
+        select: Mapping[str, Array] | None = None,
+    ) -> Array:
         """Compute the next n tokens of each request; logits of all rows, or of each chunk's
-        last."""
+        last. `select`: inputs of those that are sparse."""
         S = self.block_tokens
         tokens: list[int] = []
         positions: list[int] = []
@@ -90,6 +102,7 @@ class Driver:
             "rope_variants": variants,
         }
         arrays = {name: np.array(values, np.int32) for name, values in inputs.items()}
+        arrays |= {**nobody_sparse(len(chunks)), **(select or {})}
         logits, _ = self.runner.step(arrays)
         return np.array(self.runner.ops.memory.read(logits))  # a copy: the next step writes over it
 
@@ -143,7 +156,7 @@ def make_driver(
 ) -> Driver:
     """Load a checkpoint; blocks are handed out in a random order."""
     spec = read_spec(directory)
-    program = rewrite(emit(spec))
+    program = rewrite(emit(spec, block_tokens=block_tokens))
     loaded = weights.load(directory, program, spec.architecture, lambda done, total: None)
     most = {
         Symbol.T: max_tokens,
@@ -152,6 +165,7 @@ def make_driver(
         Symbol.P: max_tokens,
         Symbol.R: max_tokens,
         Symbol.X: num_blocks,
+        Symbol.U: 64,
     }
     runner = Runner(
         program, ops, loaded, most=most, num_blocks=num_blocks, block_tokens=block_tokens

@@ -13,7 +13,9 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 class Builder:
     """Collects calls. Lives while a model is loaded, then is gone."""
 
-    def __init__(self, cache_dtype: DType = DType.FP32) -> None:
+    def __init__(self, cache_dtype: DType = DType.FP32, block_tokens: int = 16) -> None:
+        self.block_tokens = block_tokens
+        self.kept_mass: Value | None = None  # of the layers so far
         self._cache_dtype = cache_dtype
         self._calls: list[Call] = []
         self._constants: dict[Value, Array] = {}
@@ -42,6 +44,10 @@ class Builder:
     def cache(self, name: str, num_kv_heads: int, head_dim: int) -> Value:
         """The KV blocks of one layer."""
         return Value(name, Kind.CACHE, (num_kv_heads, head_dim), self._cache_dtype)
+
+    def meta(self, name: str, num_kv_heads: int, head_dim: int) -> Value:
+        """What selection knows of each unit of one layer's cache."""
+        return Value(name, Kind.META, (num_kv_heads, head_dim), DType.BF16)
 
     def activation(self, op: str, *shape: Size, dtype: DType = DType.FP32) -> Value:
         """A fresh result for a call to `op`."""
@@ -78,4 +84,4 @@ class Builder:
 
     def finish(self, hidden: Value, logits: Value) -> Program:
         """Close the program."""
-        return Program(tuple(self._calls), hidden, logits, dict(self._constants))
+        return Program(tuple(self._calls), hidden, logits, self.kept_mass, dict(self._constants))

@@ -11,22 +11,27 @@ from vivace.engine.models.rope import emit_rope_table
 from vivace.engine.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
 from vivace.kernels.buffer import DType
 
-T, B, B1, P, R, X = Symbol.T, Symbol.B, Symbol.B1, Symbol.P, Symbol.R, Symbol.X
+T, B, B1, P, R = Symbol.T, Symbol.B, Symbol.B1, Symbol.P, Symbol.R
+X, U = Symbol.X, Symbol.U
 
 
-def emit(spec: ModelSpec, cache_dtype: DType = DType.FP32) -> Program:
+def emit(spec: ModelSpec, cache_dtype: DType = DType.FP32, block_tokens: int = 16) -> Program:
     """The program of one step: tokens of any requests in; out, the final hidden state [P, M] of the
     rows that are asked for, and logits [R, V] of the first of these.
 
     From the last layer's attention on only those rows are carried: nothing after it looks at other
     rows.
     """
-    b = Builder(cache_dtype)
+    b = Builder(cache_dtype, block_tokens)
     places = Places(
         slots_T=b.input("slots", T),
         block_tables_BX=b.input("block_tables", B, X),
         query_starts=b.input("query_starts", B1),
         context_lens_B=b.input("context_lens", B),
+        meta_units_U=b.input("meta_units", U),
+        sparse_budgets_B=b.input("sparse_budgets", B),
+        sparse_dense_layers_B=b.input("sparse_dense_layers", B),
+        sparse_measured_B=b.input("sparse_measured", B),
     )
     rows_P = b.input("rows", P)
     tables = _rope_tables(b, spec)
@@ -39,7 +44,7 @@ def emit(spec: ModelSpec, cache_dtype: DType = DType.FP32) -> Program:
     for i, layer in enumerate(spec.layers):
         at = f"layers.{i}"
         rope = tables[layer.attention.rope]
-        heads = emit_attention(b, at, normed, layer.attention, cos_sin_TR=rope, places=places)
+        heads = emit_attention(b, i, normed, layer.attention, cos_sin_TR=rope, places=places)
         is_last = i == len(spec.layers) - 1
         if is_last:
             heads, residual = b.take_rows(heads, rows_P), b.take_rows(residual, rows_P)

@@ -38,7 +38,7 @@ def fuse(program: Program) -> Program:
 
 def _read_once(program: Program) -> dict[Value, Call]:
     """Projections of shared rows by experts whose result an activation reads, and nothing else; by that result."""
-    readers = Counter(value.owner for call in program.calls for value in call.ins)
+    readers = Counter(value.owner for call in program.calls for value in call.ins if value)
     kept = {program.hidden.owner, program.logits.owner}
     activated = {call.ins[0] for call in program.calls if call.op == "gated"}
     return {

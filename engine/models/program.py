@@ -26,6 +26,7 @@ class Symbol(Enum):
     P = "rows that pass the last layer"
     R = "rows of logits"
     X = "columns of the block table"
+    U = "units whose metadata is made"
 
 
 Size = int | Symbol
@@ -41,7 +42,9 @@ class Kind(Enum):
     CONSTANT = "constant"  # numbers that follow from the spec; they travel with the program
     INPUT = "input"  # filled from the Batch
     CACHE = "cache"  # the KV blocks of one layer; shape (G, D)
+    META = "meta"  # what selection knows of each unit of such a cache; shape (G, D)
     ACTIVATION = "activation"  # a slot of the arena, reused after its last use
+    NOTHING = "nothing"  # an optional argument that is left out, before others that are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,9 @@ class Value:
         return self if self.of is None else self.of
 
 
+NOTHING = Value("nothing", Kind.NOTHING, (), DType.FP32)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One op: writes `outs` whole (a cache: in part), reads `ins`; `attrs` are constants of the
@@ -88,6 +94,7 @@ class Program:
     calls: tuple[Call, ...]
     hidden: Value  # [P, M], after the final norm
     logits: Value  # [R, V], of its first R rows
+    kept_mass: Value | None = None  # [B, 2], over all layers; None: no layer can be sparse
     constants: dict[Value, Array] = field(default_factory=dict)
 
 
@@ -128,7 +135,8 @@ def assign_slots(program: Program, most: Sizes) -> dict[Value, int]:
             if value.kind is Kind.ACTIVATION:
                 born.setdefault(value, i)
                 last[value] = i
-    last |= dict.fromkeys((program.hidden.owner, program.logits.owner), len(program.calls))
+    results = [program.hidden, program.logits, *filter(None, [program.kept_mass])]
+    last |= dict.fromkeys((value.owner for value in results), len(program.calls))
     slots: dict[Value, int] = {}
     taken: list[tuple[DType, list[tuple[int, int]]]] = []  # of each slot, the lives in their order
     for value in sorted(born, key=lambda one: -prod(sized(one.shape, most))):

@@ -59,6 +59,7 @@ class Params(TypedDict, total=False):
     echo: bool | None
     cache_salt: str | None
     priority: int | None
+    sparse: Mapping[str, Any] | None  # fields of the proto's Sparse
     continue_final_message: bool | None  # this and what follows: of a conversation alone
     add_generation_prompt: bool | None
     template_variables: Mapping[str, str] | None

@@ -31,6 +31,10 @@ class Usage:
     first_token_s: float
     total_s: float
     num_preemptions: int
+    sparse_tokens: int  # decode steps that attended to a part of the context
+    kept_mass: float | None  # share of attention that the part had, mean of those measured
+    num_measured: int
+    returned_to_dense: bool  # for good, since less was kept than the server's bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,4 +198,5 @@ def _logprob(place: pb.TokenLogprobs) -> Logprob:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(**{field.name: getattr(usage, field.name) for field in fields(Usage)})
+    found = {field.name: getattr(usage, field.name) for field in fields(Usage)}
+    return Usage(**found | ({} if usage.HasField("kept_mass") else {"kept_mass": None}))

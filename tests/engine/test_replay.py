@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.architectures import MODELS
-from tests.step_driver import make_driver
+from tests.step_driver import make_driver, nobody_sparse
 from tests.tiny_models import make_checkpoint
 from vivace.engine import core
 from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
@@ -177,6 +177,6 @@ def test_other_ops_of_the_step_run_after_the_model(tiny_qwen3):
         "query_starts": np.array([0, 3], np.int32),
         "context_lens": np.array([3], np.int32),
         "rows": np.arange(3, dtype=np.int32),
-    }
+    } | nobody_sparse(1)
     logits, _ = driver.runner.step(step, then=double)
     assert np.array_equal(doubled.reshape(3, 260), 2 * logits) and np.abs(logits).max() > 0

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.step_driver import make_driver
+from tests.step_driver import make_driver, nobody_sparse
 from tests.tiny_models import make_checkpoint
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
@@ -35,7 +35,7 @@ def inputs(T=3, B=1, P=1):
         "query_starts": np.array([0, T], np.int32),
         "context_lens": np.full(B, T, np.int32),
         "rows": np.full(P, T - 1, np.int32),
-    }
+    } | nobody_sparse(B)
 
 
 def test_a_step_past_the_limits_is_refused(driver):
@@ -111,7 +111,15 @@ def test_arena_bytes_are_what_the_largest_step_needs(checkpoint):
     program = emit(read_spec(checkpoint))
 
     def need(T, R):
-        most = {Symbol.T: T, Symbol.B: 8, Symbol.B1: 9, Symbol.P: T, Symbol.R: R, Symbol.X: 4}
+        most = {
+            Symbol.T: T,
+            Symbol.B: 8,
+            Symbol.B1: 9,
+            Symbol.P: T,
+            Symbol.R: R,
+            Symbol.X: 4,
+            Symbol.U: 4,
+        }
         return arena_bytes(program, most)
 
     assert need(T=128, R=1) > need(T=64, R=1) > 64 * 4 * (64 + 2 * 96)

@@ -248,11 +248,11 @@ class ResponseOptions(_message.Message):
     def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., echo: _Optional[bool] = ..., prompt_logprobs_start: _Optional[int] = ..., logprob_token_ids: _Optional[_Iterable[int]] = ..., spaces_between_special_tokens: _Optional[bool] = ..., stream_interval_tokens: _Optional[int] = ..., return_hidden_states: _Optional[bool] = ..., return_prompt_token_ids: _Optional[bool] = ..., return_text: _Optional[bool] = ..., return_token_ids: _Optional[bool] = ...) -> None: ...
 
 class RequestOptions(_message.Message):
-    __slots__ = ("cache_salt", "priority", "qos", "sparse", "constraint", "lora", "session", "truncate_prompt_tokens", "skip_reading_prefix_cache", "data_parallel_rank", "routing_key", "kv_transfer_params_json")
+    __slots__ = ("cache_salt", "priority", "sparse", "qos", "constraint", "lora", "session", "truncate_prompt_tokens", "skip_reading_prefix_cache", "data_parallel_rank", "routing_key", "kv_transfer_params_json")
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    QOS_FIELD_NUMBER: _ClassVar[int]
     SPARSE_FIELD_NUMBER: _ClassVar[int]
+    QOS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -263,8 +263,8 @@ class RequestOptions(_message.Message):
     KV_TRANSFER_PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
     cache_salt: str
     priority: int
-    qos: Qos
     sparse: Sparse
+    qos: Qos
     constraint: Constraint
     lora: Lora
     session: Session
@@ -273,7 +273,7 @@ class RequestOptions(_message.Message):
     data_parallel_rank: int
     routing_key: str
     kv_transfer_params_json: str
-    def __init__(self, cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., qos: _Optional[_Union[Qos, _Mapping]] = ..., sparse: _Optional[_Union[Sparse, _Mapping]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ..., truncate_prompt_tokens: _Optional[int] = ..., skip_reading_prefix_cache: _Optional[bool] = ..., data_parallel_rank: _Optional[int] = ..., routing_key: _Optional[str] = ..., kv_transfer_params_json: _Optional[str] = ...) -> None: ...
+    def __init__(self, cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., sparse: _Optional[_Union[Sparse, _Mapping]] = ..., qos: _Optional[_Union[Qos, _Mapping]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ..., truncate_prompt_tokens: _Optional[int] = ..., skip_reading_prefix_cache: _Optional[bool] = ..., data_parallel_rank: _Optional[int] = ..., routing_key: _Optional[str] = ..., kv_transfer_params_json: _Optional[str] = ...) -> None: ...
 
 class Qos(_message.Message):
     __slots__ = ("tenant", "weight", "tier", "ttft_slo_ms", "itl_slo_ms", "deadline_ms", "max_queue_ms", "on_deadline", "estimated_output_tokens")
@@ -613,7 +613,7 @@ class Finish(_message.Message):
     def __init__(self, reason: _Optional[_Union[Finish.Reason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_s", "first_token_s", "total_s", "num_preemptions")
+    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_s", "first_token_s", "total_s", "num_preemptions", "sparse_tokens", "kept_mass", "num_measured", "returned_to_dense")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -621,6 +621,10 @@ class Usage(_message.Message):
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_TO_DENSE_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -628,7 +632,11 @@ class Usage(_message.Message):
     first_token_s: float
     total_s: float
     num_preemptions: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    sparse_tokens: int
+    kept_mass: float
+    num_measured: int
+    returned_to_dense: bool
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., sparse_tokens: _Optional[int] = ..., kept_mass: _Optional[float] = ..., num_measured: _Optional[int] = ..., returned_to_dense: _Optional[bool] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -711,7 +719,7 @@ class GetLoadsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s", "num_sparse_tokens", "num_measured_rows", "kept_mass_sum", "num_returned_to_dense")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -726,6 +734,10 @@ class GetLoadsResponse(_message.Message):
     NUM_REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
     CANCEL_TO_FREE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SPARSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MEASURED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_SUM_FIELD_NUMBER: _ClassVar[int]
+    NUM_RETURNED_TO_DENSE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -740,7 +752,11 @@ class GetLoadsResponse(_message.Message):
     num_requests_finished: int
     num_requests_aborted: int
     cancel_to_free_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ...) -> None: ...
+    num_sparse_tokens: int
+    num_measured_rows: int
+    kept_mass_sum: float
+    num_returned_to_dense: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ..., num_sparse_tokens: _Optional[int] = ..., num_measured_rows: _Optional[int] = ..., kept_mass_sum: _Optional[float] = ..., num_returned_to_dense: _Optional[int] = ...) -> None: ...
 
 class WatchLoadsRequest(_message.Message):
     __slots__ = ("model", "interval_ms")
