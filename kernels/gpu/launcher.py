@@ -33,6 +33,8 @@ class Launcher:
                 "device of backend 'triton' must be a GPU such as 'cuda', got 'cpu'; "
                 "TRITON_INTERPRET=1 interprets the kernels, for tests"
             )
+        is_cuda = self.device.type == "cuda" and torch.version.cuda is not None
+        self.has_tma = is_cuda and torch.cuda.get_device_capability(self.device) >= (9, 0)
         self._scratch: dict[str, torch.Tensor] = {}
 
     @property
