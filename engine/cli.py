@@ -44,8 +44,9 @@ def main(command: str, argv: list[str]) -> int:
 def _kernels(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vivace kernels",
-        description="GPU kernels, compiled ahead of time on a machine that needs no GPU. A MODEL is a folder with a "
-        "config.json, or the name of a shipped one; its weights are not read. check exits with 1 if machine code is not as it must be.",
+        description="GPU kernels, compiled ahead of time on a machine that needs no GPU. A MODEL is a "
+        "folder with a config.json, or the name of a shipped one; its weights are not read. "
+        "check exits with 1 if machine code is not as it must be.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, about in KERNELS.items():

@@ -7,16 +7,17 @@ import tempfile
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from vivace.engine.config import CacheConfig, Config
+from vivace.engine.config import CacheConfig, Config, SchedulerConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import spec_of
 from vivace.engine.models.json_fields import Fields, read_fields
 from vivace.engine.models.spec import ModelSpec
 from vivace.engine.models.weights import in_bf16
-from vivace.engine.warm_up import dry_run, one_of_each
-from vivace.kernels.backend import Backend, Ops
+from vivace.engine.warm_up import Bound, bind_dry, one_of_each, warm_up
+from vivace.kernels.backend import Backend, Ops, bind_triton
 from vivace.kernels.buffer import DType
 from vivace.kernels.compilation import Variant
 from vivace.kernels.gpu import ahead
@@ -25,6 +26,7 @@ SHIPPED = Path(__file__).with_name("models") / "shipped.toml"
 MAX_SHIPPED = (
     64  # variants of all shipped models on one target: what is compiled must be a closed list
 )
+LARGE_STEPS = SchedulerConfig(max_step_tokens=8192, max_running=256)  # as large as anybody's
 Judgement = dict[Variant, list[str]]
 KV_BYTES = 1 << 40  # of the dry run's cache, which has no memory
 
@@ -37,18 +39,27 @@ class Model:
     spec: ModelSpec
     is_bf16: bool
 
-    def run(self, ops: Ops) -> None:
-        """One dry run, of one layer of each kind."""
+    def bind(self, ops: Ops) -> Bound:
+        """Ready to run on ops without memory, or such that make up the weights."""
         spec = one_of_each(self.spec)
         program = emit(spec, DType(self.config.cache.dtype.value))
         if self.is_bf16:
             program = in_bf16(program, lambda value: True)
-        dry_run(self.config, spec, program, ops)
+        return bind_dry(self.config, spec, program, ops)
+
+    def run(self, ops: Ops) -> None:
+        """Meet every kernel that serving it can."""
+        warm_up(self.bind(ops))
+
+
+def shipped() -> dict[str, dict[str, Any]]:
+    """The fields of config.json of each model whose kernels ship, by its name."""
+    return tomllib.loads(SHIPPED.read_text(encoding="utf-8"))
 
 
 def read_models(name: str | None, cache: CacheConfig) -> list[Model]:
     """A folder's, one that ships, or with None all that do. Raises ConfigError or ArtifactError."""
-    tables = tomllib.loads(SHIPPED.read_text(encoding="utf-8"))
+    tables = shipped()
     if name is None:
         return [_model(Fields(str(SHIPPED), table), cache) for table in tables.values()]
     if Path(name).is_dir():
@@ -60,20 +71,22 @@ def read_models(name: str | None, cache: CacheConfig) -> list[Model]:
 
 def listed(models: list[Model], target: str) -> list[Variant]:
     """The variants of these models on a target, each once; nothing is compiled."""
-    with ahead.listing(target) as (ops, watch):
+    with ahead.listing(target) as launcher:
+        ops = bind_triton(launcher)
         for model in models:
             model.run(ops)
-    return watch.variants
+    return launcher.watch.variants
 
 
 def compiled(
     models: list[Model], target: str, cache_dir: Path, device: str | None = None
 ) -> tuple[Judgement, int]:
     """What is wrong with each variant, and how many were compiled, not found in the folder."""
-    with ahead.compiling(target, cache_dir, device) as (ops, watch):
+    with ahead.compiling(target, cache_dir, device) as launcher:
+        ops = bind_triton(launcher)
         for model in models:
             model.run(ops)
-        return ahead.judge(watch, target), watch.num_compiled
+        return ahead.judge(launcher.watch, target), launcher.watch.num_compiled
 
 
 def show(models: list[Model], targets: list[str]) -> int:
@@ -114,6 +127,7 @@ def _model(fields: Fields, cache: CacheConfig) -> Model:
     config = Config(
         model=Path(fields.file).parent,
         backend=Backend.TRITON,
+        scheduler=LARGE_STEPS,
         cache=replace(cache, memory_bytes=KV_BYTES),
     )
     return Model(config, spec_of(fields), dtype == "bfloat16")

@@ -6,7 +6,7 @@ they find out what there is: by construction what serving needs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,28 +23,37 @@ from vivace.engine.sampler import Sampler
 from vivace.engine.sampling import MAX_LOGPROBS
 from vivace.engine.scheduler import Step
 from vivace.kernels.backend import Ops
-from vivace.kernels.buffer import DType
+from vivace.kernels.buffer import Buffer, DType
 
 ENDLESS = Machine(num_cpus=1, free_bytes=1 << 62)  # where tensors have no memory
 WEIGHTS = {DType.FP32: np.float32, DType.BF16: np.uint16}  # as checkpoints are read
 
 
-def warm_up(runner: Runner, sampler: Sampler, most: Sizes, block_tokens: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What runs steps, at most so large, and what draws from their logits."""
+
+    runner: Runner
+    sampler: Sampler
+    most: Sizes
+    block_tokens: int
+
+
+def warm_up(bound: Bound) -> None:
     """Run each step, then draw from many rows and from few. Writes to the first block of the cache."""
+    most = bound.most
     for query_lens in _steps(most):
-        for columns in (-(-max(query_lens) // block_tokens), most[Symbol.X]):
-            runner.step(_inputs(query_lens, columns, len(query_lens)))
+        for columns in (-(-max(query_lens) // bound.block_tokens), most[Symbol.X]):
+            bound.runner.step(step_inputs(query_lens, columns, len(query_lens)))
     max_rows = min(most[Symbol.R], most[Symbol.P])
-    logits, _ = runner.step(_inputs([1], 1, max_rows))
+    logits, _ = bound.runner.step(step_inputs([1], 1, max_rows))
     for num_rows in ladder(max_rows):
         for num_logprobs in (0, *ladder(MAX_LOGPROBS)):
-            batch = _batch(num_rows, num_logprobs)
-            sampler.sample(logits, batch)
-            sampler.logprobs(logits, batch, [0] * num_rows)
+            draw(bound.sampler, logits, num_rows, num_logprobs)
 
 
-def dry_run(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> None:
-    """Warm up a model without weights, on ops whose tensors have no memory."""
+def bind_dry(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> Bound:
+    """A model whose weights are arrays without numbers: for ops whose tensors have no memory, or that make numbers up."""
     plan = make_plan(config, spec, program, ENDLESS)
     weights = {
         value.name: np.broadcast_to(np.zeros((), WEIGHTS[value.dtype]), sized(value.shape, {}))
@@ -55,7 +64,7 @@ def dry_run(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> None
     runner = Runner(
         program, ops, weights, most=plan.most, num_blocks=num_blocks, block_tokens=block_tokens
     )
-    warm_up(runner, Sampler(ops, plan.max_rows, spec.vocab_size), plan.most, block_tokens)
+    return Bound(runner, Sampler(ops, plan.max_rows, spec.vocab_size), plan.most, block_tokens)
 
 
 def one_of_each(spec: ModelSpec) -> ModelSpec:
@@ -80,7 +89,8 @@ def _steps(most: Sizes) -> Iterator[Sequence[int]]:
         yield [*[1] * (num_requests - 1), most[Symbol.T] - num_requests + 1]
 
 
-def _inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[str, Array]:
+def step_inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[str, Array]:
+    """Of requests that compute so many tokens, all that they have; each of their blocks is the cache's first."""
     num_requests, num_tokens = len(query_lens), sum(query_lens)
     lens_B = np.array(query_lens, np.int32)
     starts = np.concatenate((np.zeros(1, np.int32), np.cumsum(lens_B, dtype=np.int32)))
@@ -97,8 +107,14 @@ def _inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[str,
     }
 
 
+def draw(sampler: Sampler, logits: Buffer, num_rows: int, num_logprobs: int) -> None:
+    """Sample from the first rows, with one penalty and one bias in all, and ask for logprobs."""
+    batch = _batch(num_rows, num_logprobs)
+    sampler.sample(logits, batch)
+    sampler.logprobs(logits, batch, [0] * num_rows)
+
+
 def _batch(num_rows: int, num_logprobs: int) -> Batch:
-    """Every row samples and wants logprobs, with one penalty and one bias in all."""
     zeros, ones = np.zeros(num_rows, np.float32), np.ones(num_rows, np.float32)
     none = np.zeros(num_rows, np.int32)
     starts = np.minimum(np.arange(num_rows + 1, dtype=np.int32), 1)

@@ -11,7 +11,6 @@ from typing import Any
 
 import triton
 
-from vivace.kernels.backend import Ops, bind_triton
 from vivace.kernels.compilation import Variant
 from vivace.kernels.gpu import machine_code
 from vivace.kernels.gpu.compilation import Watch
@@ -22,24 +21,20 @@ Expected = Mapping[str, Mapping[str, Sequence[str]]]  # by target, then by kerne
 
 
 @contextmanager
-def compiling(
-    target: str, cache_dir: Path, tuned_for: str | None = None
-) -> Iterator[tuple[Ops, Watch]]:
-    """Ops that compile what they are called to do, into a folder. Raises ValueError for a target that there is not."""
+def compiling(target: str, cache_dir: Path, tuned_for: str | None = None) -> Iterator[Launcher]:
+    """A launcher that compiles what it is asked to launch, into a folder. Raises ValueError for a target that there is not."""
     with knobs_kept():
-        launcher = Launcher(
-            "meta", target=find_target(target), cache_dir=cache_dir, tuned_for=tuned_for
-        )
-        yield bind_triton(launcher), launcher.watch
+        kind = find_target(target)
+        yield Launcher("meta", target=kind, cache_dir=cache_dir, tuned_for=tuned_for)
 
 
 @contextmanager
-def listing(target: str) -> Iterator[tuple[Ops, Watch]]:
-    """Ops that note down what they would compile."""
+def listing(target: str) -> Iterator[Launcher]:
+    """A launcher that notes down what it would compile."""
     with knobs_kept():
         launcher = Launcher("meta", target=find_target(target))
         launcher.watch.list_only()
-        yield bind_triton(launcher), launcher.watch
+        yield launcher
 
 
 @contextmanager
