@@ -82,7 +82,7 @@ def _is_in_best_groups(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _kernel(
+def _moe_route(
     weights_ptr,  # fp32 [T, K], out
     experts_ptr,  # int32 [T, K], out
     logits_ptr,  # fp32 [T, E]
@@ -180,7 +180,7 @@ def bind(launcher: Launcher) -> Run:
         }
         args = (weights_TK, experts_TK, logits_TE, loads_E, bias_E, T, scale)
         launcher.launch(
-            _kernel, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config
+            _moe_route, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config
         )
 
     return run
