@@ -119,7 +119,7 @@ def check(models: list[Model], target: str) -> int:
         judgement, _ = compiled(models, target, Path(folder))
     for variant, problems in judgement.items():
         if problems:
-            print(f"{variant} {' '.join(variant.arguments)}: {'; '.join(problems)}")
+            print(f"{variant}: {'; '.join(problems)}")
     num_wrong = sum(map(bool, judgement.values()))
     print(f"{target}: {len(judgement)} variants, {num_wrong} not as they must be")
     return int(num_wrong > 0)
