@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vivace.kernels.attention import tiles
 from vivace.kernels.buffer import SCALE_BYTES
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.selection import unit_tokens
 
 MAX_HEAD_DIM = 256  # what registers and shared memory have room for
 NO_WINDOW = 2**30
@@ -26,9 +27,18 @@ LOWEST = tl.constexpr(
 
 
 @triton.jit
-def place(table_ptr, n, position, ok, g, G: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of K, of D elements each, of the positions n .. n + BLOCK_N - 1; those of V are G * S further on."""
-    if S % BLOCK_N == 0:
+def place(
+    table_ptr, units_ptr, n, position, ok, g, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows of K, of D elements each, of the positions n .. n + BLOCK_N - 1; those of V are G * S further on.
+
+    Of a selection, positions count in its units of U; U is 0 without one.
+    """
+    if U > 0:
+        unit = tl.load(units_ptr + position // U, mask=ok, other=0)
+        position = unit * U + position % U
+        block = tl.load(table_ptr + position // S, mask=ok, other=0).to(tl.int64)
+    elif S % BLOCK_N == 0:
         block = tl.load(table_ptr + n // S).to(tl.int64)
     else:
         block = tl.load(table_ptr + position // S, mask=ok, other=0).to(tl.int64)
@@ -113,8 +123,8 @@ def attend(
 
 @triton.jit
 def sweep(
-    acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, last, window, inner, outer,
-    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, m, norm, q, kv, table_ptr, units_ptr, g, lo, hi, first, end, last, window, inner, outer,
+    G: tl.constexpr, S: tl.constexpr, U: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, BF16: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -127,13 +137,13 @@ def sweep(
         visible &= position[None, :] > last[:, None] - window
         k_scale, v_scale = 1.0, 1.0
         if TMA:
-            row = place(table_ptr, n, n, True, g, G, S, BLOCK_N).to(tl.int32)
+            row = place(table_ptr, units_ptr, n, n, True, g, G, S, U, BLOCK_N).to(tl.int32)
             k = kv.load([row, 0])
             v = kv.load([row + G * S, 0])
             if MASKED:  # what nobody wrote may be NaN, and 0 * NaN is NaN
                 v = tl.where(ok[:, None], v, 0.0)
         else:
-            row = place(table_ptr, n, position, ok, g, G, S, BLOCK_N)
+            row = place(table_ptr, units_ptr, n, position, ok, g, G, S, U, BLOCK_N)
             k = load_heads(kv, row, ok, D, WIDTH, PAD_D, MASKED)
             v = load_heads(kv, row + G * S, ok, D, WIDTH, PAD_D, MASKED)
             if INT8:
@@ -145,6 +155,23 @@ def sweep(
     return acc, m, norm
 
 
+@triton.jit
+def extent(
+    lens_ptr, counts_ptr, units_ptr, b, g, X, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr
+):
+    """Positions that a request attends to for one KV head, in how many units of a selection (-1: all), and which those are."""
+    end = tl.load(lens_ptr + b)
+    count = -1
+    if U > 0:
+        at = b.to(tl.int64) * G + g
+        count = tl.load(counts_ptr + at)
+        units_ptr += at * X * (S // U)
+        if count >= 0:  # the last unit, and it alone, may be in part
+            last = tl.load(units_ptr + count - 1)
+            end = (count - 1) * U + tl.minimum(end - last * U, U)
+    return end, count, units_ptr
+
+
 @triton.jit(do_not_specialize=["T", "B", "X", "splits", "slots", "window"])
 def attn_decode(
     sums_ptr,  # fp32 [slots, H, splits, D], out
@@ -154,6 +181,8 @@ def attn_decode(
     tables_ptr,  # int32 [B, X]
     starts_ptr,  # int32 [B + 1]
     lens_ptr,  # int32 [B]
+    counts_ptr,  # int32 [B, G], if U
+    units_ptr,  # int32 [B, G, X * S / U], if U
     X,
     splits,
     slots,  # T, or SHORT for each request
@@ -164,6 +193,8 @@ def attn_decode(
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,  # tokens of a unit of the selection; 0: there is none
+    IS_SPARSE: tl.constexpr,  # whose turn it is, if U: requests that have a selection, or the others
     D: tl.constexpr,
     PAD_D: tl.constexpr,
     SHORT: tl.constexpr,
@@ -179,11 +210,11 @@ def attn_decode(
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(starts_ptr + b)
     num_rows = tl.load(starts_ptr + b + 1) - start
-    end = tl.load(lens_ptr + b)
+    end, count, units_ptr = extent(lens_ptr, counts_ptr, units_ptr, b, g, X, G, S, U)
     first = tl.maximum(end - num_rows - window + 1, 0)
     lo = tl.maximum(split * SPLIT, first // BLOCK_N * BLOCK_N)
     hi = tl.minimum((split + 1) * SPLIT, end)
-    if (num_rows == 0) | (num_rows > SHORT) | (lo >= hi):
+    if (num_rows == 0) | (num_rows > SHORT) | (lo >= hi) | ((count >= 0) != IS_SPARSE):
         return
     GROUP: tl.constexpr = H // G
     i = tl.arange(0, BLOCK_M)
@@ -196,8 +227,8 @@ def attn_decode(
     norm = tl.zeros([BLOCK_M], tl.float32)
     table_ptr = tables_ptr + b.to(tl.int64) * X
     acc, m, norm = sweep(
-        acc, m, norm, q, kv_ptr, table_ptr, g, lo, hi, first, hi, end - num_rows + row, window, inner, outer,
-        G, S, D, PAD_D, BLOCK_N, True, False, SOFTCAP, INT8, BF16, UPCAST,
+        acc, m, norm, q, kv_ptr, table_ptr, units_ptr, g, lo, hi, first, hi, end - num_rows + row, window,
+        inner, outer, G, S, U * IS_SPARSE, D, PAD_D, BLOCK_N, True, False, SOFTCAP, INT8, BF16, UPCAST,
     )  # fmt: skip
     slot = tl.where(slots == T, start, b * SHORT) + row
     at = (slot.to(tl.int64) * H + head) * splits + split
@@ -207,20 +238,26 @@ def attn_decode(
     tl.store(sums_ptr + at[:, None] * D + d[None, :], acc, mask=real[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "B", "splits", "slots", "window"])
+@triton.jit(do_not_specialize=["T", "B", "X", "splits", "slots", "window"])
 def attn_combine(
     out_ptr,  # fp32 [T, H, D], out: rows of short requests, and of nobody
     sums_ptr,  # fp32 [slots, H, splits, D]
     stats_ptr,  # fp32 [slots, H, splits, 2]
     starts_ptr,  # int32 [B + 1]
     lens_ptr,  # int32 [B]
+    counts_ptr,  # int32 [B, G], if U
+    units_ptr,  # int32 [B, G, X * S / U], if U
     sinks_ptr,  # fp32 [H], if HAS_SINKS
     B,
+    X,
     splits,
     slots,
     T,
     window,
     H: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
     D: tl.constexpr,
     PAD_D: tl.constexpr,
     SHORT: tl.constexpr,
@@ -242,7 +279,7 @@ def attn_combine(
     num_rows = tl.load(starts_ptr + b + 1) - start
     if num_rows > SHORT:
         return
-    end = tl.load(lens_ptr + b)
+    end, _, _ = extent(lens_ptr, counts_ptr, units_ptr, b, head // (H // G), X, G, S, U)
     first = tl.maximum(end - num_rows - window + 1, 0) // SPLIT
     for row in range(num_rows):
         slot = tl.where(slots == T, start, b * SHORT) + row
@@ -347,8 +384,8 @@ def attn_prefill(
         else:
             lo, hi = tl.maximum(whole, edge), end
         acc, m, norm = sweep(
-            acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, low + row, window, inner, outer,
-            G, S, D, PAD_D, BLOCK_N, part != 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
+            acc, m, norm, q, kv, table_ptr, table_ptr, g, lo, hi, first, end, low + row, window, inner, outer,
+            G, S, 0, D, PAD_D, BLOCK_N, part != 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
         )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head) * LOG2E
@@ -385,6 +422,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         query_starts: torch.Tensor,
         context_lens_B: torch.Tensor,
         sinks_H: torch.Tensor | None = None,
+        selected_BGXZ: torch.Tensor | None = None,
+        num_selected_BG: torch.Tensor | None = None,
         *,
         num_kv_heads: int,
         scale: float,
@@ -403,10 +442,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         S, pad_d, group = kv_cache.shape[3], max(16, triton.next_power_of_2(D)), H // num_kv_heads
         block_m = max(16, triton.next_power_of_2(group))
         short = block_m // group
-        heads = {"H": H, "D": D, "PAD_D": pad_d, "SHORT": short}
+        heads = {"H": H, "G": num_kv_heads, "S": S, "D": D, "PAD_D": pad_d, "SHORT": short}
         cache = heads | {
-            "G": num_kv_heads,
-            "S": S,
             "SOFTCAP": softcap > 0,
             "INT8": is_int8,
             "BF16": not is_fp32,
@@ -420,21 +457,38 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         splits, slots = triton.cdiv(X * S, config.tiles["SPLIT"]), min(T, B * short)
         sums = launcher.scratch("attention sums", (slots, H, splits, D), torch.float32)
         stats = launcher.scratch("attention stats", (slots, H, splits, 2), torch.float32)
-        inputs = (q_THD, kv_cache, block_tables_BX, *requests)
-        launcher.launch(
-            attn_decode,
-            (splits, num_kv_heads, B),
-            (sums, stats, *inputs, X, splits, slots, T, *scaling),
-            cache | {"BLOCK_M": block_m},
-            config,
-        )
+        has_selection = selected_BGXZ is not None
+        unit = unit_tokens(S) if has_selection else 0
+        selection = (num_selected_BG, selected_BGXZ) if has_selection else requests  # if unit
+        inputs = (q_THD, kv_cache, block_tables_BX, *requests, *selection)
+        for is_sparse in (False, True) if has_selection else (False,):
+            launcher.launch(
+                attn_decode,
+                (splits, num_kv_heads, B),
+                (sums, stats, *inputs, X, splits, slots, T, *scaling),
+                cache | {"U": unit, "IS_SPARSE": is_sparse, "BLOCK_M": block_m},
+                config,
+            )
         has_sinks = {"HAS_SINKS": sinks_H is not None}
         sinks = q_THD if sinks_H is None else sinks_H  # a pointer that nobody follows
         launcher.launch(
             attn_combine,
             (H, B + 1),
-            (out_THD, sums, stats, *requests, sinks, B, splits, slots, T, scaling[0]),
-            heads | has_sinks | {"SPLIT": config.tiles["SPLIT"], "CHUNK": 16},
+            (
+                out_THD,
+                sums,
+                stats,
+                *requests,
+                *selection,
+                sinks,
+                B,
+                X,
+                splits,
+                slots,
+                T,
+                scaling[0],
+            ),
+            heads | has_sinks | {"U": unit, "SPLIT": config.tiles["SPLIT"], "CHUNK": 16},
             Config(),
         )
 
