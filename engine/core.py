@@ -368,7 +368,7 @@ def load(
         block_tokens=plan.block_tokens,
     )
     sampler = Sampler(ops, plan.max_rows, spec.vocab_size)
-    bound = Bound(runner, sampler, plan.most, plan.block_tokens)
+    bound = Bound(plan, runner, sampler)
     if ops.compilation is not None and config.device != "cpu":  # else: interpreted, for tests
         warm_up(bound)
         ops.compilation.seal(config.gpu.strict_jit)

@@ -36,14 +36,13 @@ class Bound:
     plan: Plan
     runner: Runner
     sampler: Sampler
-    block_tokens: int
 
 
 def warm_up(bound: Bound) -> None:
     """Run each step, then draw from many rows and from few. Writes to the first block of the cache."""
     most = bound.plan.most
     for query_lens in _steps(most):
-        for columns in (-(-max(query_lens) // bound.block_tokens), most[Symbol.X]):
+        for columns in (-(-max(query_lens) // bound.plan.block_tokens), most[Symbol.X]):
             bound.runner.step(step_inputs(query_lens, columns, len(query_lens)))
     max_rows = min(most[Symbol.R], most[Symbol.P])
     logits, _ = bound.runner.step(step_inputs([1], 1, max_rows))
@@ -64,7 +63,7 @@ def bind_dry(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> Bou
     runner = Runner(
         program, ops, weights, most=plan.most, num_blocks=num_blocks, block_tokens=block_tokens
     )
-    return Bound(plan, runner, Sampler(ops, plan.max_rows, spec.vocab_size), block_tokens)
+    return Bound(plan, runner, Sampler(ops, plan.max_rows, spec.vocab_size))
 
 
 def one_of_each(spec: ModelSpec) -> ModelSpec:
