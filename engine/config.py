@@ -154,7 +154,7 @@ class SparseConfig:
         "tokens of its context that a decoding token attends to, for requests that do not say: 2048 "
         "where long contexts must be fast and most of their text is beside the point; unset: all",
     )
-    min_context_tokens: int = setting(
+    min_context: int = setting(
         8192,
         "contexts under that stay dense: lower where even they are slow, higher where they must be exact",
         low=0,

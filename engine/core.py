@@ -108,6 +108,7 @@ class EngineCore:
             max_running=config.scheduler.max_running,
         )
         self._runner, self._sampler = bound.runner, bound.sampler
+        self._first_counted = bound.runner.counted()  # by warming up
         self._clock = clock
         self._aborted: list[tuple[str, float]] = []  # and when; the next step drops them
         self._counters = _Counters()
@@ -194,6 +195,10 @@ class EngineCore:
             num_measured_rows=self._sparse.num_measured,
             kept_mass_sum=self._sparse.kept_mass_sum,
             num_returned_to_dense=self._sparse.num_returned,
+            expert_loads=tuple(
+                tuple((counted - first).tolist())
+                for counted, first in zip(self._runner.counted(), self._first_counted, strict=True)
+            ),
         )
 
     def _num_compiled(self) -> int:

@@ -30,7 +30,7 @@ class Sparse:
     """Block-sparse decode: which tokens attend to a part of their context, and to how much of it."""
 
     budget_tokens: int  # that a token attends to; its context must be longer
-    min_context_tokens: int  # the token included; under that it is dense
+    min_context: int  # the token included; under that it is dense
     layers_dense: int  # of the model's layers, how many first ones are always dense
 
 
@@ -176,3 +176,5 @@ class Loads:
     num_measured_rows: int = 0  # of these, whose kept share of attention was measured
     kept_mass_sum: float = 0.0  # of these shares
     num_returned_to_dense: int = 0  # requests, by the recall guard
+    # Of each layer with experts: tokens that chose each. Of a last layer, only tokens that go on.
+    expert_loads: tuple[tuple[int, ...], ...] = ()

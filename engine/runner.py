@@ -66,6 +66,7 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.caches: dict[str, Buffer] = {}  # by name; `kv_read` and `rope_kv_write` are the doors
+        self.counters: dict[str, Buffer] = {}  # by name, in the order of the layers
         self._most = dict(most)
         self._arena = [
             ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
@@ -88,6 +89,9 @@ class Runner:
             elif value.kind is Kind.META:
                 shape = meta_shape(value, num_blocks, block_tokens)
                 self._fixed[i] = ops.memory.empty(shape, value.dtype)
+            elif value.kind is Kind.COUNTER:
+                zeros = np.zeros(sized(value.shape, {}), np.int64)
+                self._fixed[i] = self.counters[value.name] = ops.memory.upload(zeros)
         self._inputs = [(value, i) for value, i in places.items() if value.kind is Kind.INPUT]
         self._activations = [
             (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
@@ -151,6 +155,10 @@ class Runner:
         that the selection kept, and their number. Valid until the next step."""
         assert self._kept_mass is not None
         return self._view(self._kept_mass, {Symbol.B: num_requests})
+
+    def counted(self) -> list[Array]:
+        """Every counter's numbers so far, copied; waits for the device."""
+        return [np.array(self.ops.memory.read(counter)) for counter in self.counters.values()]
 
     def _loop(self, inputs: Mapping[str, Array], sizes: Sizes) -> tuple[Buffer, Buffer]:
         """Every op called in its turn."""

@@ -67,7 +67,7 @@ class SparseParams:
     """Block-sparse decode. What is unset becomes what the engine's settings say."""
 
     budget_tokens: int | None = None  # that a token attends to; 0: all, so dense
-    min_context_tokens: int | None = None  # under that it is dense
+    min_context: int | None = None  # under that it is dense
     layers_dense: Sequence[int] | None = None  # first layers, which are always dense; empty: unset
 
 
@@ -295,8 +295,8 @@ def _sparse(
     if budget != 0 or isinstance(budget, bool):
         name, least = "sparse.budget_tokens, if not 0,", limits.least_budget_tokens
         budget = _whole(name, budget, unset.budget_tokens, least, None)
-    name, context = "sparse.min_context_tokens", wanted.min_context_tokens
-    min_context = _whole(name, context, unset.min_context_tokens, 0, None)
+    name, context = "sparse.min_context", wanted.min_context
+    min_context = _whole(name, context, unset.min_context, 0, None)
     layers = _layers_dense(wanted.layers_dense, limits)
     return Sparse(budget, min_context, layers) if budget else None
 

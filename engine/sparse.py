@@ -44,7 +44,7 @@ def sparse_limits(config: Config, spec: ModelSpec, block_tokens: int) -> SparseL
         return None
     unset = Sparse(
         budget or max(DEFAULT_BUDGET_TOKENS, least),
-        settings.min_context_tokens,
+        settings.min_context,
         settings.layers_dense,
     )
     return SparseLimits(unset if budget else None, unset, least, full[-1] + 1)
@@ -118,7 +118,7 @@ class SparseDecode:
         if state is None or state.is_returned or state.rules.layers_dense >= self._num_layers:
             return False
         budget = state.rules.budget_tokens // self._unit
-        if context < state.rules.min_context_tokens or -(-context // self._unit) <= budget:
+        if context < state.rules.min_context or -(-context // self._unit) <= budget:
             return False
         Z = self._block_units
         while state.num_units < context // self._unit:

@@ -40,7 +40,7 @@ SERVED = {  # message -> its fields that are read; any other field that is set i
     "SamplingParams": {*SAMPLING, *LISTS, "logit_bias"},
     "ResponseOptions": set(RESPONSE),
     "RequestOptions": {"cache_salt", "priority", "sparse"},
-    "Sparse": {"budget_tokens", "min_context_tokens", "layers_dense"},
+    "Sparse": {"budget_tokens", "min_context", "layers_dense"},
     "TokenIds": {"ids"},
     "Prompt": {"text", "token_ids"},
     "EmbedRequest": {"request_id", "model", "inputs", "pooling", "normalize", "options"},
@@ -91,7 +91,7 @@ def sampling_params(request: Request) -> SamplingParams:
         sparse = request.options.sparse
         found["sparse"] = SparseParams(
             optional(sparse, "budget_tokens"),
-            optional(sparse, "min_context_tokens"),
+            optional(sparse, "min_context"),
             list(sparse.layers_dense),
         )
     return SamplingParams(**found)
@@ -246,7 +246,9 @@ def server_info(
 def loads(loads: Loads) -> pb.GetLoadsResponse:
     """How busy it is; the two have the same names."""
     names = pb.GetLoadsResponse.DESCRIPTOR.fields_by_name
-    return pb.GetLoadsResponse(**{name: getattr(loads, name) for name in names})
+    values = {name: getattr(loads, name) for name in names}
+    values["expert_loads"] = [pb.ExpertLoads(num_tokens=layer) for layer in loads.expert_loads]
+    return pb.GetLoadsResponse(**values)
 
 
 def _finish(event: TextEvent) -> pb.Finish:

@@ -49,6 +49,10 @@ class Builder:
         """What selection knows of each unit of one layer's cache."""
         return Value(name, Kind.META, (num_kv_heads, head_dim), DType.BF16)
 
+    def counter(self, name: str, *shape: int) -> Value:
+        """Numbers that steps add to, zero at first."""
+        return Value(name, Kind.COUNTER, shape, DType.INT64)
+
     def activation(self, op: str, *shape: Size, dtype: DType = DType.FP32) -> Value:
         """A fresh result for a call to `op`."""
         self._num_values += 1

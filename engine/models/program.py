@@ -43,6 +43,7 @@ class Kind(Enum):
     INPUT = "input"  # filled from the Batch
     CACHE = "cache"  # the KV blocks of one layer; shape (G, D)
     META = "meta"  # what selection knows of each unit of such a cache; shape (G, D)
+    COUNTER = "counter"  # int64, zero at first; ops add to it
     ACTIVATION = "activation"  # a slot of the arena, reused after its last use
     NOTHING = "nothing"  # an optional argument that is left out, before others that are not
 

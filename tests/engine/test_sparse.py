@@ -18,7 +18,7 @@ from vivace.kernels.backend import Backend
 NUM_LAYERS = 4
 KIND = Backend.REFERENCE
 DENSE = Sampling(0.0, 0, 1.0, 0.0, 0, 40, 0, (), 2, None)
-SPARSE = replace(DENSE, sparse=Sparse(budget_tokens=128, min_context_tokens=0, layers_dense=1))
+SPARSE = replace(DENSE, sparse=Sparse(budget_tokens=128, min_context=0, layers_dense=1))
 MEASURED = SparseConfig(min_kept_mass=0, measure_every=8)
 
 
@@ -103,9 +103,9 @@ def test_backends_agree(checkpoint, selected, name):
 @pytest.mark.parametrize(
     "rules",
     [
-        Sparse(budget_tokens=352, min_context_tokens=0, layers_dense=1),  # never passed
-        Sparse(budget_tokens=128, min_context_tokens=341, layers_dense=1),
-        Sparse(budget_tokens=128, min_context_tokens=0, layers_dense=NUM_LAYERS),
+        Sparse(budget_tokens=352, min_context=0, layers_dense=1),  # never passed
+        Sparse(budget_tokens=128, min_context=341, layers_dense=1),
+        Sparse(budget_tokens=128, min_context=0, layers_dense=NUM_LAYERS),
     ],
 )
 def test_who_is_never_sparse_is_dense_bit_for_bit(checkpoint, dense, rules):
@@ -121,7 +121,7 @@ def test_it_begins_past_the_budget_and_the_least_context(
     checkpoint, dense, budget, min_context, count
 ):
     """Contexts end at 301 .. 339; a budget of 18 units is passed with the 289th token, of 20 with the 321st."""
-    rules = Sparse(budget_tokens=budget, min_context_tokens=min_context, layers_dense=0)
+    rules = Sparse(budget_tokens=budget, min_context=min_context, layers_dense=0)
     found, usage = alone(checkpoint, prompt(1), replace(DENSE, sparse=rules))
     first = 39 - usage.sparse_tokens
     assert usage.sparse_tokens == (39 if budget == 300 else 19 if budget == 320 else count)

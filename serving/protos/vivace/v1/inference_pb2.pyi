@@ -308,14 +308,14 @@ class Qos(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., weight: _Optional[float] = ..., tier: _Optional[str] = ..., ttft_slo_ms: _Optional[float] = ..., itl_slo_ms: _Optional[float] = ..., deadline_ms: _Optional[float] = ..., max_queue_ms: _Optional[float] = ..., on_deadline: _Optional[_Union[Qos.OnDeadline, str]] = ..., estimated_output_tokens: _Optional[int] = ...) -> None: ...
 
 class Sparse(_message.Message):
-    __slots__ = ("budget_tokens", "min_context_tokens", "layers_dense")
+    __slots__ = ("budget_tokens", "min_context", "layers_dense")
     BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    MIN_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     LAYERS_DENSE_FIELD_NUMBER: _ClassVar[int]
     budget_tokens: int
-    min_context_tokens: int
+    min_context: int
     layers_dense: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, budget_tokens: _Optional[int] = ..., min_context_tokens: _Optional[int] = ..., layers_dense: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, budget_tokens: _Optional[int] = ..., min_context: _Optional[int] = ..., layers_dense: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Constraint(_message.Message):
     __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf", "structural_tag", "from_first_token")
@@ -719,7 +719,7 @@ class GetLoadsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s", "num_sparse_tokens", "num_measured_rows", "kept_mass_sum", "num_returned_to_dense")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s", "num_sparse_tokens", "num_measured_rows", "kept_mass_sum", "num_returned_to_dense", "expert_loads", "num_compiled_after_ready")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -738,6 +738,8 @@ class GetLoadsResponse(_message.Message):
     NUM_MEASURED_ROWS_FIELD_NUMBER: _ClassVar[int]
     KEPT_MASS_SUM_FIELD_NUMBER: _ClassVar[int]
     NUM_RETURNED_TO_DENSE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPILED_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -756,7 +758,15 @@ class GetLoadsResponse(_message.Message):
     num_measured_rows: int
     kept_mass_sum: float
     num_returned_to_dense: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ..., num_sparse_tokens: _Optional[int] = ..., num_measured_rows: _Optional[int] = ..., kept_mass_sum: _Optional[float] = ..., num_returned_to_dense: _Optional[int] = ...) -> None: ...
+    expert_loads: _containers.RepeatedCompositeFieldContainer[ExpertLoads]
+    num_compiled_after_ready: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ..., num_sparse_tokens: _Optional[int] = ..., num_measured_rows: _Optional[int] = ..., kept_mass_sum: _Optional[float] = ..., num_returned_to_dense: _Optional[int] = ..., expert_loads: _Optional[_Iterable[_Union[ExpertLoads, _Mapping]]] = ..., num_compiled_after_ready: _Optional[int] = ...) -> None: ...
+
+class ExpertLoads(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WatchLoadsRequest(_message.Message):
     __slots__ = ("model", "interval_ms")
