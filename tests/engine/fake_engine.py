@@ -57,6 +57,7 @@ class FakeCore:
             ("dtype", "backend", "kv_dtype", "weights", "isa"), "fp32"
         )
         values |= {"architecture": settings.architecture, "eos_token_ids": (1,), "load_s": 0.5}
+        values["sparse"] = None
         self.info = EngineInfo(**values)
 
     def progress(self):

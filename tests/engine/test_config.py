@@ -15,6 +15,7 @@ from vivace.engine.config import (
     SchedulerConfig,
     ServeConfig,
     ServerConfig,
+    SparseConfig,
     WeightsConfig,
 )
 from vivace.engine.config_file import FLAGS, add_flags, from_tables, from_words, to_toml
@@ -228,6 +229,13 @@ OTHERS = ServeConfig(
         max_concurrent_streams=7,
     ),
     weights=WeightsConfig(quantize=Quantize.INT4, group=32),
+    sparse=SparseConfig(
+        budget_tokens=4096,
+        min_context_tokens=0,
+        layers_dense=0,
+        min_kept_mass=0.5,
+        measure_every=7,
+    ),
     models={"a": Path("x"), 'b "ü".c': Path("y z")},
 )
 OF_THE_CPU = ServeConfig(

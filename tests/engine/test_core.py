@@ -13,6 +13,7 @@ from vivace.engine import core
 from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
 from vivace.engine.errors import InvalidRequest, Overloaded
 from vivace.engine.events import EngineRequest, FinishReason, Sampling
+from vivace.engine.models.hf_config import read_spec
 from vivace.kernels.backend import Backend, load
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0, 50, 0, (), None, None)
@@ -169,10 +170,11 @@ def checkpoint(request, tmp_path_factory):
 
 def test_windows_and_long_rope_change_nothing_of_what_a_request_gets(checkpoint):
     """Short of blocks, in chunks, with prefix hits and preemption: the tokens of a cache that keeps everything."""
+    known = 256 if read_spec(checkpoint).window is None else 0  # of a block's K, for selection
     config = Config(
         model=checkpoint,
         scheduler=SchedulerConfig(max_step_tokens=16, max_running=12),
-        cache=CacheConfig(block_tokens=4, memory_bytes=32 * 4 * 512),
+        cache=CacheConfig(block_tokens=4, memory_bytes=32 * (4 * 512 + known)),
         cpu=CpuConfig(threads=1),
     )
     engine = core.load(config, lambda done, total: None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
+from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig, SparseConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
 from vivace.engine.models.spec import (
@@ -14,7 +14,14 @@ from vivace.engine.models.spec import (
     QkNorm,
     RopeSpec,
 )
-from vivace.engine.plan import Machine, kv_token_bytes, make_plan, num_parameters, read_machine
+from vivace.engine.plan import (
+    Machine,
+    kv_token_bytes,
+    make_plan,
+    meta_bytes,
+    num_parameters,
+    read_machine,
+)
 
 NORM = NormSpec(1e-6)
 ATTENTION = AttentionSpec(4, 2, 8, RopeSpec(10000.0, 8), 8**-0.5, NORM, QkNorm.HEAD)
@@ -38,17 +45,21 @@ def test_bytes_and_parameters_are_counted(tmp_path):
     per_layer = 32 * (4 + 2 * 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8
     assert num_parameters(emit(SPEC)) == 3 * per_layer + 100 * 32 + 32
     assert kv_token_bytes(emit(SPEC)) == 3 * 2 * 2 * 8 * 4
+    assert meta_bytes(emit(SPEC), 16) == 3 * 2 * 2 * 8 * 2
+    assert meta_bytes(emit(SPEC, block_tokens=64), 64) == 4 * meta_bytes(emit(SPEC), 16)
     assert plan(tmp_path).weight_bytes == 4 * num_parameters(emit(SPEC))
 
 
 @pytest.mark.parametrize(("free", "want"), [(2 << 30, 1 << 29), (64 << 30, 1 << 30)])
 def test_the_cache_takes_a_quarter_of_the_free_memory_and_at_most_a_gibibyte(tmp_path, free, want):
     got = plan(tmp_path, Machine(2, free))
-    assert want - kv_token_bytes(emit(SPEC)) * 16 < got.kv_bytes <= want
+    block_bytes = kv_token_bytes(emit(SPEC)) * 16 + meta_bytes(emit(SPEC), 16)
+    assert want - block_bytes < got.kv_bytes <= want
 
 
 def test_a_small_cache_cuts_the_context(tmp_path):
-    got = plan(tmp_path, cache=CacheConfig(memory_bytes=kv_token_bytes(emit(SPEC)) * 16 * 5))
+    block_bytes = kv_token_bytes(emit(SPEC)) * 16 + meta_bytes(emit(SPEC), 16)
+    got = plan(tmp_path, cache=CacheConfig(memory_bytes=block_bytes * 5))
     assert (got.num_blocks, got.max_context_tokens, got.max_blocks) == (5, 80, 5)
 
 
@@ -73,6 +84,16 @@ def test_threads_are_the_cpus_unless_set(tmp_path):
         ),
         (PLENTY, {"max_context_tokens": 201}, r"max_context_tokens must be in 2\.\.200.*got 201"),
         (PLENTY, {"max_context_tokens": 1}, "got 1"),
+        (
+            PLENTY,
+            {"sparse": SparseConfig(budget_tokens=127)},
+            r"sparse\.budget_tokens must be at least 128, 8 units of 16 .* got 127",
+        ),
+        (
+            PLENTY,
+            {"sparse": SparseConfig(budget_tokens=399), "cache": CacheConfig(block_tokens=50)},
+            r"sparse\.budget_tokens must be at least 400, 8 units of 50 .* got 399",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused_in_one_line(tmp_path, machine, settings, words):
@@ -156,6 +177,11 @@ def test_memory_is_what_every_cgroup_leaves(machine):
         (lambda: SchedulerConfig(max_running=0), r"scheduler\.max_running .* at least 1, got 0"),
         (lambda: CacheConfig(block_tokens=0), r"cache\.block_tokens"),
         (lambda: CpuConfig(threads=0), r"cpu\.threads"),
+        (lambda: SparseConfig(budget_tokens=0), r"sparse\.budget_tokens .* at least 1, got 0"),
+        (lambda: SparseConfig(min_context_tokens=-1), r"sparse\.min_context_tokens"),
+        (lambda: SparseConfig(layers_dense=-1), r"sparse\.layers_dense"),
+        (lambda: SparseConfig(min_kept_mass=1.1), r"sparse\.min_kept_mass"),
+        (lambda: SparseConfig(measure_every=0), r"sparse\.measure_every"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, words):

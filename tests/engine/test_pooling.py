@@ -202,7 +202,9 @@ def test_preemption_changes_no_bit_of_an_embedding(tiny_qwen3, kind):
     request = embedding_request("a", prompt_of(40), kind)
     want = embeddings_of(run_all(make_engine(tiny_qwen3), [request]))["a"]
     for sharing in (True, False):
-        cache = CacheConfig(block_tokens=4, memory_bytes=13 * 4 * 512, prefix_sharing=sharing)
+        cache = CacheConfig(
+            block_tokens=4, memory_bytes=13 * (4 * 512 + 256), prefix_sharing=sharing
+        )
         engine = make_engine(tiny_qwen3, cache=cache, max_step_tokens=3, max_running=3)
         assert engine.loads().num_blocks == 13
         engine.add(EngineRequest("decodes", (1, 2, 3), GREEDY), 0.0)

@@ -27,7 +27,7 @@ from vivace.engine.models.decoder import emit
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Kind, Symbol, assign_slots, values_of
 from vivace.engine.models.quantize import MAKERS, Quantize, quantize
-from vivace.engine.plan import Machine, make_plan, program_of
+from vivace.engine.plan import Machine, make_plan, meta_bytes, program_of
 from vivace.kernels import backend
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
@@ -281,18 +281,18 @@ def test_the_plan_counts_what_is_kept(tied):
 
 
 def test_a_cache_of_fewer_bits_holds_more_tokens(tied):
-    plans = {}
+    sizes = {}  # of a block's keys and values
     for kind in KvDType:
         settings = replace(config(tied), cache=CacheConfig(memory_bytes=1 << 20, dtype=kind))
         llm = LLM(tied, config=settings)
-        plans[kind] = llm.core.info.num_blocks
+        info, known = llm.core.info, meta_bytes(program_of(settings, read_spec(tied)), 16)
+        sizes[kind] = info.kv_bytes // info.num_blocks - known
         assert llm.core.info.kv_dtype == kind.value
         types = {cache.dtype.name for cache in llm.core._runner.caches.values()}
         assert types == {{"fp32": "float32", "bf16": "uint16", "int8": "int8"}[kind.value]}
-    assert plans[KvDType.BF16] == 2 * plans[KvDType.FP32]
+    assert 2 * sizes[KvDType.BF16] == sizes[KvDType.FP32]
     head_dim = 16
-    want = plans[KvDType.FP32] * 4 * head_dim / (head_dim + 4)
-    assert plans[KvDType.INT8] == pytest.approx(want, abs=1)
+    assert sizes[KvDType.INT8] * 4 * head_dim == sizes[KvDType.FP32] * (head_dim + 4)
 
 
 def test_a_cache_of_bf16_changes_little_and_neighbours_nothing(tied):

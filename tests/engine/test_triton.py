@@ -16,7 +16,7 @@ pytestmark = pytest.mark.triton
 BLOCK_TOKENS = 4  # also the unit of selection, so that a context of 40 tokens is long
 NUM_BLOCKS = 22  # fewer than the requests come to need: one of them is preempted
 LONG, SHORT = list(range(3, 46)), [250, 7, 31, 7, 99, 2, 11]
-PROMPTS = (LONG, SHORT, LONG[:21] + [9, 9])
+PROMPTS = (LONG, SHORT, [*LONG[:21], 9, 9])
 SAMPLING = (
     SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True),
     SamplingParams(max_tokens=12, temperature=0.9, top_k=30, top_p=0.9, seed=5, ignore_eos=True, logprobs=2),

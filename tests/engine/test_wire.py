@@ -16,6 +16,7 @@ from vivace.engine.config import (
     GpuConfig,
     KvDType,
     SchedulerConfig,
+    SparseConfig,
     WeightsConfig,
 )
 from vivace.engine.events import (
@@ -25,6 +26,8 @@ from vivace.engine.events import (
     Loads,
     Pooling,
     Sampling,
+    Sparse,
+    SparseLimits,
     TokenEvent,
     TokenLogprobs,
     Usage,
@@ -46,6 +49,8 @@ LOGPROBS = st.builds(
     COUNT,
     st.lists(st.tuples(TOKEN, LOGPROB), max_size=3).map(tuple),
 )
+SPARSE = st.builds(Sparse, COUNT, COUNT, COUNT)
+SPARSE_LIMITS = st.builds(SparseLimits, st.none() | SPARSE, SPARSE, COUNT, COUNT)
 SAMPLING = st.builds(
     Sampling,
     temperature=st.floats(0, 2),
@@ -59,6 +64,7 @@ SAMPLING = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs_start=COUNT,
+    sparse=st.none() | SPARSE,
 )
 REQUEST = st.builds(
     EngineRequest,
@@ -70,7 +76,14 @@ REQUEST = st.builds(
     priority=st.integers(-5, 5),
     pooling=st.none() | st.sampled_from(Pooling),
 )
-USAGE = st.builds(Usage, COUNT, COUNT, COUNT, SECONDS, SECONDS, SECONDS, COUNT)
+USAGE = st.builds(
+    Usage,
+    *(COUNT, COUNT, COUNT, SECONDS, SECONDS, SECONDS, COUNT),
+    sparse_tokens=COUNT,
+    kept_mass=st.none() | st.floats(0, 1),
+    num_measured=COUNT,
+    returned_to_dense=st.booleans(),
+)
 EVENT = st.builds(
     TokenEvent,
     TEXT,
@@ -114,13 +127,22 @@ CONFIG = st.builds(
         group=st.sampled_from((32, 64, 128)),
         cache_dir=st.none() | st.just(Path("a b")),
     ),
+    sparse=st.builds(
+        SparseConfig,
+        budget_tokens=st.none() | st.integers(1, 1 << 20),
+        min_context_tokens=COUNT,
+        layers_dense=COUNT,
+        min_kept_mass=st.floats(0, 1),
+        measure_every=st.integers(1, 100),
+    ),
 )
 INFO = st.builds(
     EngineInfo,
     **dict.fromkeys((field.name for field in fields(EngineInfo)), COUNT)
     | dict.fromkeys(("architecture", "dtype", "weights", "backend", "kv_dtype", "device"), TEXT)
     | {"eos_token_ids": st.lists(TOKEN, max_size=3).map(tuple), "load_s": SECONDS}
-    | {"isa": st.none() | TEXT},
+    | {"isa": st.none() | TEXT}
+    | {"sparse": st.none() | SPARSE_LIMITS},
 )
 PIECE = st.lists(st.none() | LOGPROBS, max_size=3).map(tuple)
 TO_ENGINE = {
