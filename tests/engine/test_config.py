@@ -231,7 +231,7 @@ OTHERS = ServeConfig(
     weights=WeightsConfig(quantize=Quantize.INT4, group=32),
     sparse=SparseConfig(
         budget_tokens=4096,
-        min_context_tokens=0,
+        min_context=0,
         layers_dense=0,
         min_kept_mass=0.5,
         measure_every=7,

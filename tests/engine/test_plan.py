@@ -178,7 +178,7 @@ def test_memory_is_what_every_cgroup_leaves(machine):
         (lambda: CacheConfig(block_tokens=0), r"cache\.block_tokens"),
         (lambda: CpuConfig(threads=0), r"cpu\.threads"),
         (lambda: SparseConfig(budget_tokens=0), r"sparse\.budget_tokens .* at least 1, got 0"),
-        (lambda: SparseConfig(min_context_tokens=-1), r"sparse\.min_context_tokens"),
+        (lambda: SparseConfig(min_context=-1), r"sparse\.min_context"),
         (lambda: SparseConfig(layers_dense=-1), r"sparse\.layers_dense"),
         (lambda: SparseConfig(min_kept_mass=1.1), r"sparse\.min_kept_mass"),
         (lambda: SparseConfig(measure_every=0), r"sparse\.measure_every"),

@@ -130,7 +130,7 @@ CONFIG = st.builds(
     sparse=st.builds(
         SparseConfig,
         budget_tokens=st.none() | st.integers(1, 1 << 20),
-        min_context_tokens=COUNT,
+        min_context=COUNT,
         layers_dense=COUNT,
         min_kept_mass=st.floats(0, 1),
         measure_every=st.integers(1, 100),
