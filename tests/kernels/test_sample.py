@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, close, ops_of, out, run
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, TRITON, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 
 each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
@@ -410,6 +410,32 @@ def test_neighbours_and_threads_change_no_draw():
         assert sample(ops_of(Backend.CPU), logits[r], seeds=7, **settings)[0] == want[r]
 
 
+@pytest.mark.triton
+def test_neighbours_change_no_draw_in_triton():
+    """Bitwise; rows with filters and without, with few candidates and with many, side by side and alone."""
+    rng, ops = np.random.default_rng(4), ops_of(Backend.TRITON)
+    logits = (3 * rng.standard_normal((5, 6000))).astype(np.float32)
+    columns = {
+        "temperature": [0.8, 0.8, 0, 2, 1],
+        "top_k": [50, 0, 0, 5000, 0],
+        "top_p": [0.9, 1, 1, 0.9, 0.95],
+    }
+    want, scores = sample(ops, logits, seeds=7, **columns)
+    for r in range(5):
+        alone = {name: values[r] for name, values in columns.items()}
+        got, same = sample(ops, logits[r], seeds=7, **alone)
+        assert got[0] == want[r] and np.array_equal(same[0], scores[r])
+
+
+@pytest.mark.triton
+def test_a_vocabulary_of_the_usual_size_gives_the_tokens_of_the_reference_in_triton():
+    """A top-k with a top-p, no filter, and a top-p alone of a peaked row, each spread over 149 programs."""
+    logits = np.random.default_rng(8).standard_normal((3, 151_936), dtype=np.float32)
+    logits *= np.float32([[3], [3], [8]])
+    columns = {"temperature": 0.7, "top_k": [50, 0, 0], "top_p": [0.9, 1, 0.95]}
+    same_as_reference([Backend.TRITON], logits, columns)
+
+
 @each_backend
 def test_no_rows_no_tokens(backend):
     tokens, _ = sample(ops_of(backend), np.zeros((0, 5)), seeds=1)
@@ -457,9 +483,10 @@ def test_logprobs(backend, K):
     close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
 
 
-def test_rows_of_nan_give_some_token_and_touch_no_other_memory():
+@pytest.mark.parametrize("backend", (Backend.CPU, TRITON), ids=("cpu", "triton"))
+def test_rows_of_nan_give_some_token_and_touch_no_other_memory(backend):
     """A broken model's logits: what comes out means nothing, but ids stay in the vocabulary."""
-    ops = ops_of(Backend.CPU)
+    ops = ops_of(backend)
     logits = np.full((2, 8), np.nan, np.float32)
     for settings in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
         tokens, _ = sample(ops, logits, **settings)
