@@ -409,28 +409,32 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         min_p_R: torch.Tensor,
         seeds_R: torch.Tensor,
         positions_R: torch.Tensor,
-        *adjustments: torch.Tensor,
+        repetition_R: torch.Tensor,
+        frequency_R: torch.Tensor,
+        presence_R: torch.Tensor,
+        penalty_starts: torch.Tensor,
+        penalty_ids: torch.Tensor,
+        penalty_counts: torch.Tensor,
+        bias_starts: torch.Tensor,
+        bias_ids: torch.Tensor,
+        bias_values: torch.Tensor,
     ) -> None:
         """See `kernels.sample`."""
         R, V = logits_RV.shape
         C, bits = triton.cdiv(V, CHUNK), max(V - 1, 1).bit_length()
         capacity = min(CAPACITY, 1 << bits)
-        bests, masses = (
-            scratch("bests", torch.float64, R, C),
-            scratch("masses", torch.float64, R, C),
-        )
+        bests, masses = (scratch(name, torch.float64, R, C) for name in ("bests", "masses"))
         winners = scratch("winners", torch.int32, R, C)
         group_bests = scratch("group_bests", torch.float32, R, C * GROUPS)
         bounds = scratch("bounds", torch.float32, R)
-        row_bests = scratch("row_bests", torch.float64, R)
-        row_masses = scratch("row_masses", torch.float64, R)
+        names = "row_bests", "row_masses"
+        row_bests, row_masses = (scratch(name, torch.float64, R) for name in names)
         num_found, limits = scratch("num_found", torch.int32, R), scratch("limits", torch.int64, R)
         found = scratch("found", torch.int64, R, capacity)
-        filters = (temperature_R, top_k_R, top_p_R, min_p_R)
-        noise = (seeds_R, positions_R)
+        filters, noise = (temperature_R, top_k_R, top_p_R, min_p_R), (seeds_R, positions_R)
         sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": capacity, "BITS": bits}
-        sizes |= {"C_BLOCK": triton.next_power_of_2(C)}
-        sizes |= {"GROUP_BLOCK": triton.next_power_of_2(C * GROUPS)}
+        blocks = triton.next_power_of_2(C), triton.next_power_of_2(C * GROUPS)
+        sizes |= zip(("C_BLOCK", "GROUP_BLOCK"), blocks, strict=True)
 
         def launch(kernel: object, args: tuple[object, ...], names: str, *, is_row: bool) -> None:
             constexprs = {name: sizes[name] for name in names.split()}
@@ -438,7 +442,9 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             launcher.launch(kernel, grid, args, constexprs, rows if is_row else chunks)
 
         args: tuple[object, ...] = (scores_RV, bests, winners, masses, group_bests, logits_RV)
-        args = (*args, *filters, *noise, *adjustments, V)
+        args = (*args, *filters, *noise, repetition_R, frequency_R, presence_R)
+        args = (*args, penalty_starts, penalty_ids, penalty_counts)
+        args = (*args, bias_starts, bias_ids, bias_values, V)
         launch(_adjust, args, "C CHUNK GROUPS", is_row=False)
         args = (bounds, row_bests, row_masses, num_found, bests, masses, group_bests, *filters, V)
         launch(_bound, args, "C GROUPS C_BLOCK GROUP_BLOCK", is_row=True)
