@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, close, ops_of, out, run
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, TRITON, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 
 each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
@@ -370,34 +370,6 @@ def rows_of_a_vocabulary(V, kind):
     return logits, columns
 
 
-@pytest.mark.parametrize(
-    ("backend", "V"),
-    [
-        *((backend, V) for backend in BACKENDS for V in (50_000, 151_936)),
-        pytest.param(Backend.TRITON, 2100, marks=pytest.mark.triton),  # three programs a row
-    ],
-)
-@pytest.mark.parametrize("kind", ("normal", "equal", "rising"))
-def test_logprobs_of_a_large_vocabulary(backend, V, kind):
-    rng = np.random.default_rng(V)
-    logits = rng.standard_normal((2, V), dtype=np.float32)
-    if kind != "normal":
-        logits[:] = 0 if kind == "equal" else np.arange(V) / 1000
-    ops, tokens = ops_of(backend, 2), np.int32([0, V - 1])
-    outs = [out(ops, 2), out(ops, 2, dtype=np.int32)]
-    outs += [out(ops, 2, 20, dtype=np.int32), out(ops, 2, 20)]
-    chosen, ranks, ids, best = run(ops, "logprobs", outs, logits, tokens)
-    wide = logits.astype(np.float64)
-    want = wide - wide.max(1, keepdims=True)
-    want -= np.log(np.exp(want).sum(1, keepdims=True))
-    close(chosen, want[[0, 1], tokens], 1e-6)
-    assert ranks.tolist() == [
-        1 + int((row > row[token]).sum()) for row, token in zip(logits, tokens, strict=True)
-    ]
-    assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :20])
-    close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
-
-
 def test_neighbours_and_threads_change_no_draw():
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((33, 100)).astype(np.float32)
@@ -408,6 +380,32 @@ def test_neighbours_and_threads_change_no_draw():
         assert np.array_equal(got, want) and np.array_equal(same, scores)
     for r in (0, 13, 32):
         assert sample(ops_of(Backend.CPU), logits[r], seeds=7, **settings)[0] == want[r]
+
+
+@pytest.mark.triton
+def test_neighbours_change_no_draw_in_triton():
+    """Bitwise; rows with filters and without, with few candidates and with many, side by side and alone."""
+    rng, ops = np.random.default_rng(4), ops_of(Backend.TRITON)
+    logits = (3 * rng.standard_normal((5, 6000))).astype(np.float32)
+    columns = {
+        "temperature": [0.8, 0.8, 0, 2, 1],
+        "top_k": [50, 0, 0, 5000, 0],
+        "top_p": [0.9, 1, 1, 0.9, 0.95],
+    }
+    want, scores = sample(ops, logits, seeds=7, **columns)
+    for r in range(5):
+        alone = {name: values[r] for name, values in columns.items()}
+        got, same = sample(ops, logits[r], seeds=7, **alone)
+        assert got[0] == want[r] and np.array_equal(same[0], scores[r])
+
+
+@pytest.mark.triton
+def test_a_vocabulary_of_the_usual_size_gives_the_tokens_of_the_reference_in_triton():
+    """A top-k with a top-p, no filter, and a top-p alone of a peaked row, each spread over 149 programs."""
+    logits = np.random.default_rng(8).standard_normal((3, 151_936), dtype=np.float32)
+    logits *= np.float32([[3], [3], [8]])
+    columns = {"temperature": 0.7, "top_k": [50, 0, 0], "top_p": [0.9, 1, 0.95]}
+    same_as_reference([Backend.TRITON], logits, columns)
 
 
 @each_backend
@@ -433,42 +431,11 @@ def test_published_vectors(backend, shared_data):
         close(np.array(kept) / sum(kept), np.array(one["expected"]) / sum(one["expected"]))
 
 
-@each_backend
-@pytest.mark.parametrize("K", (0, 1, 5, 20))
-def test_logprobs(backend, K):
-    rng = np.random.default_rng(K)
-    R, V = 9, 20
-    logits = rng.integers(-3, 4, (R, V)).astype(np.float32)  # whole numbers: many ties
-    tokens = rng.integers(0, V, R).astype(np.int32)
-    ops = ops_of(backend, 2)
-    outs = [
-        out(ops, R),
-        out(ops, R, dtype=np.int32),
-        out(ops, R, K, dtype=np.int32),
-        out(ops, R, K),
-    ]
-    chosen, ranks, ids, best = run(ops, "logprobs", outs, logits, tokens)
-    wide = logits.astype(np.float64)
-    want = wide - np.log(np.exp(wide).sum(1, keepdims=True))
-    rows = np.arange(R)
-    close(chosen, want[rows, tokens], 1e-6)
-    assert ranks.tolist() == [1 + int((logits[r] > logits[r, tokens[r]]).sum()) for r in rows]
-    assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :K])
-    close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
-
-
-def test_rows_of_nan_give_some_token_and_touch_no_other_memory():
+@pytest.mark.parametrize("backend", (Backend.CPU, TRITON), ids=("cpu", "triton"))
+def test_rows_of_nan_give_some_token_and_touch_no_other_memory(backend):
     """A broken model's logits: what comes out means nothing, but ids stay in the vocabulary."""
-    ops = ops_of(Backend.CPU)
+    ops = ops_of(backend)
     logits = np.full((2, 8), np.nan, np.float32)
     for settings in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
         tokens, _ = sample(ops, logits, **settings)
         assert ((tokens >= 0) & (tokens < 8)).all()
-    outs = [
-        out(ops, 2),
-        out(ops, 2, dtype=np.int32),
-        out(ops, 2, 3, dtype=np.int32),
-        out(ops, 2, 3),
-    ]
-    _, _, ids, _ = run(ops, "logprobs", outs, logits, np.int32([0, 1]))
-    assert ((ids >= 0) & (ids < 8)).all()
