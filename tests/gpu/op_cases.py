@@ -101,6 +101,9 @@ def op_cases() -> Iterator[OpCase]:
         outs, ins = (((T, N), FP32),), (_normal(rng, T, K), _normal(rng, N, K))
         yield OpCase(f"linear {T}x{N}x{K}", "linear", outs, ins, {})
         yield OpCase(f"linear+bias {T}x{N}x{K}", "linear", outs, (*ins, _normal(rng, N)), {})
+        small = (ins[0], (_normal(rng, N, K).view(np.uint32) >> 16).astype(np.uint16))
+        # where the product is one of bf16, x is rounded: 2^-9 of each, and they add up at random
+        yield OpCase(f"linear bf16 {T}x{N}x{K}", "linear", outs, small, {}, 5e-3)
     for T, M in ((1, 256), (7, 33), (129, 512)):
         yield from _row_cases(rng, T, M)
     yield from _rope_cases(rng)
@@ -109,7 +112,7 @@ def op_cases() -> Iterator[OpCase]:
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
         yield from _expert_cases(rng, T, E, K)
-    for R, V in ((1, 17), (5, 260), (33, 4096)):
+    for R, V in ((1, 17), (5, 260), (33, 4096), (9, 151_936)):
         yield from _sampler_cases(rng, R, V)
 
 
