@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests.*, which is not installed
 
 from tests.architectures import MODELS, ONE_OF_EACH  # noqa: E402
-from tests.gpu.op_cases import OpCase, compare, op_cases  # noqa: E402
+from tests.gpu.op_cases import OpCase, compare, fused_cases, op_cases  # noqa: E402
 from tests.step_driver import Driver, Oracle, agrees, make_driver, worst_row  # noqa: E402
 from tests.tiny_models import make_checkpoint  # noqa: E402
 from vivace.kernels.backend import Backend, Ops, load  # noqa: E402
@@ -62,7 +62,7 @@ class Result:
 
 
 def check_op(case: OpCase, device: Ops, cpu: Ops) -> Result:
-    """The reference on the device against the C++ backend on the same inputs."""
+    """Ops on the device against those of the CPU on the same inputs."""
     error = compare(case, device, cpu)
     return Result(f"op/{case.name}", error <= case.tolerance, error)
 
@@ -136,6 +136,9 @@ def run_all(device_name: str) -> Iterator[Result]:
     cpu = load(Backend.CPU, threads=4)
     for case in op_cases():
         yield check_op(case, device, cpu)
+    reference = load(Backend.REFERENCE, device="cpu")
+    for case in fused_cases():
+        yield check_op(case, device, reference)
     with tempfile.TemporaryDirectory() as folder:
         for name in TINY:
             kind, overrides = MODELS[name]
