@@ -5,7 +5,7 @@ A process compiles for one target at a time: the last launcher that was made is 
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import triton
@@ -44,7 +44,11 @@ def knobs_kept() -> Iterator[None]:
         triton.knobs.runtime.scope(),
         triton.knobs.compilation.scope(),
     ):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(RuntimeError):  # without a GPU there is no driver to go back to
+                triton.runtime.driver.reset_active()
 
 
 def judge(watch: Watch, target: str) -> dict[Variant, list[str]]:
