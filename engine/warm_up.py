@@ -26,6 +26,7 @@ from vivace.kernels.backend import Ops
 from vivace.kernels.buffer import Buffer, DType
 
 ENDLESS = Machine(num_cpus=1, free_bytes=1 << 62)  # where tensors have no memory
+CHUNK = 64  # tokens of a prompt beside requests that decode
 WEIGHTS = {DType.FP32: np.float32, DType.BF16: np.uint16}  # as checkpoints are read
 
 
@@ -83,8 +84,8 @@ def _steps(most: Sizes, context: int) -> Iterator[Sequence[int]]:
     """Tokens of each request: all decode, some compute prompts, or one does while the others decode."""
     for num_requests in ladder(most[Symbol.B]):
         yield [1] * num_requests
-        num_left = most[Symbol.T] - num_requests + 1
-        yield [*[1] * (num_requests - 1), min(num_left, context)]
+        num_left = min(most[Symbol.T] - num_requests + 1, context, CHUNK)
+        yield [*[1] * (num_requests - 1), num_left]
     for num_tokens in ladder(min(most[Symbol.T], most[Symbol.B] * context)):
         whole, rest = divmod(num_tokens, context)
         yield [context] * whole + [rest] * (rest > 0)
