@@ -1,14 +1,15 @@
-"""`vivace bench host|startup|frontend|process|quality|cpu|peers`."""
+"""`vivace bench host|startup|frontend|process|quality|sparse-quality|cpu|peers`."""
 
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import vivace
-from vivace.bench import cpu, frontend, host, process, quality, result, startup
-from vivace.bench.peers import rows
+from vivace.bench import cpu, frontend, host, process, quality, result, sparse_quality, startup
+from vivace.bench.peers import rows as peer_rows
 from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
 from vivace.engine.config import Config, CpuConfig, quantized_by
@@ -50,6 +51,16 @@ def main(command: str, argv: list[str]) -> int:
                 "rows": args.rows.name,
                 "kind": args.rows_kind or "all",
             }
+        case "sparse-quality":
+            texts = sparse_quality.Load(
+                rows=args.rows,
+                tokens=args.tokens,
+                budget=args.budget,
+                layers_dense=args.layers_dense,
+            )
+            rows = sparse_quality.read_rows(args.model, args.chats, texts)
+            figures = sparse_quality.measure(args.model, rows, texts)
+            config = {"model": args.model.name, "chats": args.chats.name, **asdict(texts)}
         case "cpu":
             settings = CpuConfig(threads=args.threads, isa=args.isa)
             weights = quantized_by(args.quantize)
@@ -74,7 +85,7 @@ def _peers(args: argparse.Namespace) -> list[Figure]:
     with tempfile.TemporaryDirectory() as source:
         Path(source, "vivace").symlink_to(PACKAGE)
         at = Setting(model, peers, cache, Path(source), args.threads)
-        return rows.measure(at, rounds=args.rounds, rows=args.rows, without=args.without)
+        return peer_rows.measure(at, rounds=args.rounds, rows=args.rows, without=args.without)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,10 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=96, help="of each stream")
     one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     one.add_argument("--quantize", default="none")
-    one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
-    one.add_argument("model", type=Path)
-    one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
-    one.add_argument("--rows-kind", metavar="KIND", help="only lines whose kind is this")
+    _add_qualities(kinds)
     one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
     one.add_argument("model", type=Path)
     one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
@@ -113,8 +121,22 @@ def _parser() -> argparse.ArgumentParser:
     one = kinds.add_parser("peers", help="beside other engines on the same machine, by ratio")
     one.add_argument("model", type=Path)
     one.add_argument("--peers", type=Path, required=True, help="what bench/peers/prepare.py made")
-    one.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
+    one.add_argument("--rows", nargs="+", choices=peer_rows.ROWS, default=list(peer_rows.ROWS))
     one.add_argument("--without", nargs="+", default=[], help="engines by how their name begins")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     return parser
+
+
+def _add_qualities(kinds: Any) -> None:
+    one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
+    one.add_argument("model", type=Path)
+    one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
+    one.add_argument("--rows-kind", metavar="KIND", help="only lines whose kind is this")
+    one = kinds.add_parser("sparse-quality", help="what sparse decode costs in quality")
+    one.add_argument("model", type=Path, help="a checkpoint with a chat template")
+    one.add_argument("chats", type=Path, help="lines of JSON with turns, of role and content")
+    one.add_argument("--rows", type=int, default=40)
+    one.add_argument("--tokens", type=int, default=128, help="after each prompt")
+    one.add_argument("--budget", type=int, default=512, help="tokens")
+    one.add_argument("--layers-dense", type=int, default=2)

@@ -106,7 +106,7 @@ def measure(config: Config, load: Load) -> list[Figure]:
     for name, step in kinds.items():
         figures += _whole(name, measured[name], step_work(program.calls, step), peaks[:-1])
     for name, step in kinds.items():
-        sizes = (step.tokens, step.requests, step.requests, step.requests)
+        sizes = (step.tokens, step.requests, step.requests, step.requests, 0)
         figures += op_figures(name, program, step, profiler.steps[sizes], peaks[-1])
     return figures
 

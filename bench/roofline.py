@@ -67,7 +67,8 @@ def work_of(call: Call, step: Step) -> Work:
         table = call.ins[1]
         rows = step.tokens / sized(table.shape, {})[0]
         return Work(rows * weight_bytes(table) + _bytes([call.outs[0]], step))
-    touched = [value for value in (*call.outs, *call.ins) if value.kind is not Kind.CACHE]
+    kept = (Kind.CACHE, Kind.META)  # of which a dense step touches next to nothing here
+    touched = [value for value in (*call.outs, *call.ins) if value.kind not in kept]
     return Work(_bytes(touched, step))
 
 
@@ -107,7 +108,7 @@ def _attention(call: Call, step: Step) -> Work:
 
 
 def _bytes(values: Iterable[Value], step: Step) -> float:
-    fixed = {**step.sizes, Symbol.X: 0}  # block tables are small
+    fixed = {**step.sizes, Symbol.X: 0, Symbol.U: 0}  # block tables are small, nobody is sparse
     return float(
         sum(
             weight_bytes(value)

@@ -165,9 +165,9 @@ class SparseConfig:
         low=0,
     )
     min_kept_mass: float = setting(
-        0.9,
+        0.5,
         "share of attention that the selection must keep, where it is measured, or the request is "
-        "dense from there on: higher for quality, 0 to measure alone",
+        "dense from there on: 0.9 for texts that must not suffer, 0 to measure alone",
         low=0,
         high=1,
     )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.linear.triton import cast
 from vivace.kernels.selection import unit_tokens
 
 CONFIG = Config(num_warps=1, num_stages=1)
@@ -23,6 +24,7 @@ def block_meta_update(
     U: tl.constexpr,
     TOKENS: tl.constexpr,  # U, padded
     WIDTH: tl.constexpr,  # D, padded
+    UPCAST: tl.constexpr,
 ):
     unit, g = tl.load(units + tl.program_id(0)).to(tl.int64), tl.program_id(1)
     if unit >= 0:
@@ -36,8 +38,8 @@ def block_meta_update(
         std = tl.sqrt(tl.sum(off * off, 0) / U)
         width = tl.arange(0, WIDTH)
         out = meta + (unit * G + g) * 2 * D + width
-        tl.store(out, mean, mask=width < D)
-        tl.store(out + D, std, mask=width < D)
+        tl.store(out, cast(mean, tl.bfloat16, UPCAST), mask=width < D)
+        tl.store(out + D, cast(std, tl.bfloat16, UPCAST), mask=width < D)
 
 
 def bind(launcher: Launcher) -> Callable[..., None]:
@@ -49,7 +51,7 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         _, G, _, D = meta.shape
         U = unit_tokens(block_tokens)
         padded = {"TOKENS": triton.next_power_of_2(U), "WIDTH": triton.next_power_of_2(D)}
-        shape = {"G": G, "S": block_tokens, "D": D, "U": U}
+        shape = {"G": G, "S": block_tokens, "D": D, "U": U, "UPCAST": launcher.upcast}
         launcher.launch(
             block_meta_update, (len(units), G), (meta, kv_cache, units), shape | padded, CONFIG
         )

@@ -31,10 +31,10 @@ class Usage:
     first_token_s: float
     total_s: float
     num_preemptions: int
-    sparse_tokens: int  # decode steps that attended to a part of the context
-    kept_mass: float | None  # share of attention that the part had, mean of those measured
-    num_measured: int
-    returned_to_dense: bool  # for good, since less was kept than the server's bound
+    sparse_tokens: int = 0  # decode steps that attended to a part of the context
+    kept_mass: float | None = None  # share of attention that the part had, mean of those measured
+    num_measured: int = 0
+    returned_to_dense: bool = False  # for good, since less was kept than the server's bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from tests.architectures import MODELS
 from tests.step_driver import make_driver, nobody_sparse
 from tests.tiny_models import make_checkpoint
 from vivace.engine import core
-from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig
-from vivace.engine.events import EngineRequest, Pooling, Sampling
+from vivace.engine.config import CacheConfig, Config, CpuConfig, SchedulerConfig, SparseConfig
+from vivace.engine.events import EngineRequest, Pooling, Sampling, Sparse
 from vivace.kernels import backend
 from vivace.kernels.backend import Backend
 from vivace.kernels.buffer import DType
@@ -113,12 +113,23 @@ REQUESTS = (
     ),
     EngineRequest("scored", tuple(range(3, 50)), Sampling(0.0, 0, 1.0, 0.0, 0, 0, 0, (), None, 4)),
     EngineRequest(
+        "sparse",
+        tuple(range(3, 203)),
+        Sampling(0.0, 0, 1.0, 0.0, 0, 30, 0, (), 1, None, sparse=Sparse(128, 0, 1)),
+    ),
+    EngineRequest(
         "embedded",
         tuple(range(7, 60)),
         Sampling(0.0, 0, 1.0, 0.0, 0, 0, 0, (), None, None),
         pooling=Pooling.MEAN,
     ),
 )
+
+
+def kept(event):
+    """What is told of sparse decode."""
+    usage = event.usage
+    return usage and (usage.sparse_tokens, usage.kept_mass, usage.num_measured)
 
 
 def events_of(config):
@@ -130,7 +141,7 @@ def events_of(config):
     while engine.has_work:
         events += engine.step(0.0)
     return [
-        (e.request_id, e.token_ids, e.logprobs, e.prompt_logprobs, e.finish, e.embedding)
+        (e.request_id, e.token_ids, e.logprobs, e.prompt_logprobs, e.embedding, kept(e), e.finish)
         for e in events
     ]
 
@@ -142,13 +153,16 @@ def test_an_engine_samples_scores_and_embeds_alike(tiny_qwen3, monkeypatch, thre
         scheduler=SchedulerConfig(max_step_tokens=32, max_running=4),
         cache=CacheConfig(memory_bytes=1 << 22),
         cpu=CpuConfig(threads=threads),
+        sparse=SparseConfig(min_kept_mass=0, measure_every=8),
     )
     replayed = events_of(config)
     plain = loop_ops(threads)
     monkeypatch.setattr(backend, "load", lambda *_args, **_kwargs: plain)
     assert events_of(config) == replayed
-    finished = {name: embedding for name, *_, finish, embedding in replayed if finish is not None}
-    assert set(finished) == {request.request_id for request in REQUESTS} and finished["embedded"]
+    ends = {name: (embedding, kept) for name, *_, embedding, kept, end in replayed if end}
+    assert set(ends) == {request.request_id for request in REQUESTS} and ends["embedded"][0]
+    num_sparse, mass, num_measured = ends["sparse"][1]
+    assert num_sparse == 29 and 0 < mass < 1 and num_measured == 4
 
 
 def test_the_contracts_of_all_ops_are_checked_when_the_model_is_loaded(tiny_qwen3):

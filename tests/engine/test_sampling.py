@@ -1,12 +1,13 @@
 """Every sampling field is checked at the door, and unset is not zero."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from vivace.engine.errors import InvalidRequest, Unimplemented
+from vivace.engine.events import Sparse, SparseLimits
 from vivace.engine.sampling import (
     MAX_STOP_STRINGS,
     UNSERVED,
@@ -14,6 +15,7 @@ from vivace.engine.sampling import (
     ModelLimits,
     Replies,
     SamplingParams,
+    SparseParams,
     check_prompt,
     resolve,
     resolve_replies,
@@ -28,6 +30,10 @@ CHECKPOINT = GenerationDefaults(
     repetition_penalty=1.2,
     eos_token_ids=(2, 3),
 )
+
+
+UNSET = Sparse(2048, 8192, 2)
+CAN_SELECT = replace(LIMITS, sparse=SparseLimits(None, UNSET, 128, 8))
 
 
 def sampling(limits=LIMITS, num_prompt_tokens=10, **params):
@@ -279,3 +285,55 @@ def test_what_is_said_of_a_huge_value_is_short(name):
         with pytest.raises((InvalidRequest, Unimplemented)) as error:
             resolve(SamplingParams(**({"max_tokens": 3} | {name: huge})), LIMITS, 3)
         assert name in str(error.value) and len(str(error.value)) < 250
+
+
+def test_sparse_decode_is_off_unless_it_is_asked_for_or_the_default():
+    assert sampling().sparse is None and sampling(CAN_SELECT).sparse is None
+    by_default = replace(CAN_SELECT, sparse=replace(CAN_SELECT.sparse, default=UNSET))
+    assert sampling(by_default).sparse == UNSET
+    assert sampling(by_default, sparse={"budget_tokens": 0}).sparse is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got"),
+    [
+        ({}, UNSET),
+        (SparseParams(), UNSET),
+        ({"budget_tokens": None, "layers_dense": ()}, UNSET),
+        ({"budget_tokens": 128}, Sparse(128, 8192, 2)),
+        ({"min_context": 0}, Sparse(2048, 0, 2)),
+        (SparseParams(layers_dense=[0, 1, 2]), Sparse(2048, 8192, 3)),
+        (SparseParams(2**40, 2**40, range(8)), Sparse(2**40, 2**40, 8)),
+    ],
+)
+def test_what_a_request_leaves_open_of_it_is_as_the_engine_is_set(wanted, got):
+    assert sampling(CAN_SELECT, sparse=wanted).sparse == got
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"budget": 1}, "sparse must hold only budget_tokens, .* got .'budget'"),
+        ({1: 1}, "sparse must hold only"),
+        (512, "sparse must be SparseParams or a mapping, got 512"),
+        ({"budget_tokens": 127}, "sparse.budget_tokens, if not 0, must be .* 128, got 127"),
+        ({"budget_tokens": False}, "sparse.budget_tokens"),
+        ({"budget_tokens": "all"}, "sparse.budget_tokens"),
+        ({"min_context": 1.5}, "sparse.min_context"),
+        ({"layers_dense": 2}, "sparse.layers_dense must be a list of layers, got 2"),
+        ({"layers_dense": "01"}, "sparse.layers_dense"),
+        ({"layers_dense": [0, True]}, "sparse.layers_dense"),
+        ({"layers_dense": [0, 2]}, "sparse.layers_dense .* 0, 1, ... up to 7 .* got .0, 2."),
+        ({"layers_dense": [0] * 10_000}, "sparse.layers_dense"),
+    ],
+)
+def test_a_bad_field_of_it_is_refused_by_name(wanted, words):
+    with pytest.raises(InvalidRequest, match=words) as error:
+        sampling(CAN_SELECT, sparse=wanted)
+    assert len(str(error.value)) < 300
+
+
+def test_a_model_of_windows_alone_refuses_it():
+    for wanted in ({}, {"budget_tokens": 0}):
+        with pytest.raises(InvalidRequest, match=r"sparse must not be set .* window"):
+            sampling(sparse=wanted)

@@ -228,15 +228,24 @@ def test_tokens_before_the_first_sparse_one_are_shared(checkpoint):
 
 
 def test_preemption_leaves_dense_requests_exact_and_is_repeatable(checkpoint):
-    """Short of blocks: what is computed again is a prompt, so sparse tokens may differ from an undisturbed run, but not from
-    the same run again."""
+    """Short of blocks: what is computed again is a prompt, so a sparse request goes on as one that begins there would."""
     requests = [
         (prompt(i, 140 + 7 * i), replace(DENSE if i % 3 == 0 else SPARSE, max_tokens=90))
         for i in range(7)
     ]
 
+    lost = {}  # which request -> the tokens that it had when it last lost its blocks
+
     def results(sharing):
         engine = make_engine(checkpoint, blocks=45, chunk=64, prefix_sharing=sharing)
+        stop = engine._scheduler._stop_running
+
+        def seen(request):
+            if request.id in engine._scheduler._requests:  # else: it has ended
+                lost[int(request.id)] = request.num_generated
+            stop(request)
+
+        engine._scheduler._stop_running = seen
         return run(engine, *requests)
 
     found, usages = results(True)
@@ -244,6 +253,13 @@ def test_preemption_leaves_dense_requests_exact_and_is_repeatable(checkpoint):
     assert any(usage.num_preemptions for usage in usages if usage.sparse_tokens)
     again = results(True)[0]
     assert found == again
+    assert any(count and requests[i][1].sparse for i, count in lost.items())
+    for i, count in lost.items():
+        tokens, sampling = requests[i]
+        reply = found[i][0]
+        longer = (*tokens, *reply[:count])
+        rest = replace(sampling, max_tokens=90 - count)
+        assert alone(checkpoint, longer, rest)[0][0] == reply[count:]
     for got in (found, results(False)[0]):
         for i, (tokens, sampling) in enumerate(requests):
             if sampling.sparse is None or (got is found and not usages[i].num_preemptions):

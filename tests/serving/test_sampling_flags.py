@@ -34,7 +34,7 @@ def test_every_parameter_that_is_served_has_a_flag():
 def test_a_parameter_is_a_field_of_its_type(param):
     field = fields()[param.name]
     is_map = field.message_type is not None
-    assert is_map == (param.kind is dict)
+    assert is_map == (param.kind in (dict, object))
     if not is_map:
         kinds = {field.TYPE_INT64: int, field.TYPE_INT32: int, field.TYPE_DOUBLE: float}
         kinds |= {field.TYPE_BOOL: bool, field.TYPE_STRING: str}
@@ -46,6 +46,9 @@ def test_a_flag_and_a_line_give_the_same(param):
     word, value = {int: ("7", 7), float: ("0.5", 0.5), str: ("a b", "a b")}.get(
         param.kind, ("5=-1.5", {"5": -1.5})
     )
+    if param.kind is object:
+        word, value = '{"budget_tokens": 256, "layers_dense": [0]}', {"budget_tokens": 256}
+        value |= {"layers_dense": [0]}
     if param.kind is bool:
         assert parsed(f"--{param.flag}") == from_json({param.name: True}) == {param.name: True}
         assert parsed(f"--no-{param.flag}") == from_json({param.name: False})
@@ -75,6 +78,7 @@ def test_nothing_is_given_where_nothing_was_said():
         ({"logit_bias": [1]}, "logit_bias must be an object"),
         ({"logit_bias": {"a": 1}}, "logit_bias must be token ids to numbers"),
         ({"logit_bias": {"1": None}}, "logit_bias must be token ids to numbers"),
+        ({"sparse": 512}, "sparse must be an object, got 512"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(line, text):
