@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.kv_read.triton import read_heads
 from vivace.kernels.linear.triton import cast
 from vivace.kernels.selection import unit_tokens
 
@@ -16,7 +17,7 @@ CONFIG = Config(num_warps=1, num_stages=1)
 @triton.jit
 def block_meta_update(
     meta,  # bf16 [N * Z, G, 2, D]
-    kv_cache,  # fp32 or bf16 [N, 2, G, S, D]
+    kv_cache,  # fp32, bf16 or int8 [N, 2, G, S, D or D + 4]
     units,  # int32 [grid 0]
     G: tl.constexpr,
     S: tl.constexpr,
@@ -24,17 +25,17 @@ def block_meta_update(
     U: tl.constexpr,
     TOKENS: tl.constexpr,  # U, padded
     WIDTH: tl.constexpr,  # D, padded
+    IS_INT8: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     unit, g = tl.load(units + tl.program_id(0)).to(tl.int64), tl.program_id(1)
     if unit >= 0:
         block, first = unit // (S // U), unit % (S // U) * U
-        token, d = tl.arange(0, TOKENS)[:, None], tl.arange(0, WIDTH)[None, :]
-        is_there = (token < U) & (d < D)
-        at = ((block * 2 * G + g) * S + first + token) * D + d
-        k = tl.load(kv_cache + at, mask=is_there, other=0.0).to(tl.float32)
+        token = tl.arange(0, TOKENS)[:, None]
+        row = (block * 2 * G + g) * S + first + token
+        k = read_heads(kv_cache, row, token < U, D, IS_INT8, UPCAST, WIDTH)
         mean = tl.sum(k, 0) / U
-        off = tl.where(is_there, k - mean[None, :], 0.0)
+        off = tl.where(token < U, k - mean[None, :], 0.0)
         std = tl.sqrt(tl.sum(off * off, 0) / U)
         width = tl.arange(0, WIDTH)
         out = meta + (unit * G + g) * 2 * D + width
@@ -51,9 +52,14 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         _, G, _, D = meta.shape
         U = unit_tokens(block_tokens)
         padded = {"TOKENS": triton.next_power_of_2(U), "WIDTH": triton.next_power_of_2(D)}
-        shape = {"G": G, "S": block_tokens, "D": D, "U": U, "UPCAST": launcher.upcast}
+        shape = {"G": G, "S": block_tokens, "D": D, "U": U}
+        types = {"IS_INT8": kv_cache.dtype == torch.int8, "UPCAST": launcher.upcast}
         launcher.launch(
-            block_meta_update, (len(units), G), (meta, kv_cache, units), shape | padded, CONFIG
+            block_meta_update,
+            (len(units), G),
+            (meta, kv_cache, units),
+            shape | padded | types,
+            CONFIG,
         )
 
     return run

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.kv_read.triton import read_heads
 from vivace.kernels.selection import unit_tokens
 
 CHUNK = 1024  # positions of a program
@@ -41,7 +42,7 @@ def capped(score, softcap):
 def weigh_chunk(
     parts,  # fp32 [B, H, chunks, 3], out: maximum, sum of exp, sum of those that are kept
     q,  # fp32 [T, H, D]
-    kv_cache,  # fp32 or bf16 [N, 2, G, S, D]
+    kv_cache,  # fp32, bf16 or int8 [N, 2, G, S, D or D + 4]
     block_tables,  # int32 [B, X]
     query_starts,  # int32 [B + 1]
     context_lens,  # int32 [B]
@@ -57,6 +58,8 @@ def weigh_chunk(
     D: tl.constexpr,
     U: tl.constexpr,
     WIDTH: tl.constexpr,  # D, padded
+    IS_INT8: tl.constexpr,
+    UPCAST: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -73,10 +76,9 @@ def weigh_chunk(
                 position = first + tl.arange(0, TILE)
                 is_there = position < length
                 block = tl.load(block_tables + b * X + position // S, mask=is_there, other=0)
-                at = ((block.to(tl.int64) * 2 * G + g) * S + position % S) * D
-                mask = is_there[:, None] & (d < D)[None, :]
-                k = tl.load(kv_cache + at[:, None] + d[None, :], mask=mask, other=0.0)
-                score = capped(tl.sum(k.to(tl.float32) * q_D[None, :], 1), softcap)
+                at = (block.to(tl.int64) * 2 * G + g) * S + position % S
+                k = read_heads(kv_cache, at[:, None], is_there[:, None], D, IS_INT8, UPCAST, WIDTH)
+                score = capped(tl.sum(k * q_D[None, :], 1), softcap)
                 score = tl.where(is_there, score, -float("inf"))
                 more = tl.maximum(most, tl.max(score, 0))
                 weight = tl.exp(score - more)
@@ -155,11 +157,13 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         where = (block_tables_BX, query_starts, context_lens_B)
         which = (selected_BGXZ, num_selected_BG, measured_B)
         shape = {"H": H, "G": G, "CHUNK": CHUNK}
+        widths = {"S": S, "D": D, "U": unit_tokens(S), "WIDTH": triton.next_power_of_2(D)}
+        types = {"IS_INT8": kv_cache.dtype == torch.int8, "UPCAST": launcher.upcast}
         launcher.launch(
             weigh_chunk,
             (B, G, chunks),
             (parts, q_THD, kv_cache, *where, *which, X, scale, softcap),
-            shape | {"S": S, "D": D, "U": unit_tokens(S), "WIDTH": triton.next_power_of_2(D)},
+            shape | widths | types,
             launcher.config("kept_mass", f"D={D}", CONFIG),
         )
         join = Config({"PARTS": 64}, num_warps=1, num_stages=1)

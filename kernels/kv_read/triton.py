@@ -13,6 +13,28 @@ DEFAULT = Config()
 
 
 @triton.jit
+def read_heads(
+    kv_cache,  # fp32, bf16 or int8 [N, 2, G, S, D or D + 4]
+    row,  # int64 [ROWS, 1], of the cache seen as rows of heads
+    is_there,  # [ROWS, 1]
+    D: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr,  # D, padded
+):
+    """Rows of the cache in fp32, [ROWS, BLOCK]; 0 where nothing is."""
+    d = tl.arange(0, BLOCK)[None, :]
+    at = kv_cache + row * (D + 4 if IS_INT8 else D)
+    x = widen(tl.load(at + d, mask=is_there & (d < D), other=0.0), UPCAST)
+    if IS_INT8:  # the scale lies where it lies, so it is read byte by byte
+        place = tl.arange(0, 4)[None, :]
+        scale = tl.load(at + D + place, mask=is_there, other=0).to(tl.int32) & 0xFF
+        scale = tl.sum(scale << (8 * place), axis=1).to(tl.float32, bitcast=True)
+        x *= scale[:, None]
+    return x
+
+
+@triton.jit
 def _kv_read(
     out_k,  # fp32 [T, G, D]
     out_v,  # fp32 [T, G, D]
@@ -30,14 +52,8 @@ def _kv_read(
     slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
     head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask = (head < G) & (d < D)
-    width = D + 4 if IS_INT8 else D
-    at = kv_cache + (((slot // S * 2 + is_v) * G + head) * S + slot % S) * width
-    x = widen(tl.load(at + d, mask=mask, other=0.0), UPCAST)
-    if IS_INT8:  # the scale lies where it lies, so it is read byte by byte
-        place = tl.arange(0, 4)[None, :]
-        scale = tl.load(at + D + place, mask=head < G, other=0).to(tl.int32) & 0xFF
-        scale = tl.sum(scale << (8 * place), axis=1).to(tl.float32, bitcast=True)
-        x *= scale[:, None]
+    row = ((slot // S * 2 + is_v) * G + head) * S + slot % S
+    x = read_heads(kv_cache, row, head < G, D, IS_INT8, UPCAST, BLOCK)
     out = out_v if is_v else out_k
     tl.store(out + (tl.program_id(0).to(tl.int64) * G + head) * D + d, x, mask=mask)
 

@@ -5,13 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of, out, run
+from tests.kernels.arrays import EVERYWHERE, ISAS, close, ops_of, out, run
 from tests.kernels.paged import queries
 from tests.kernels.sparse import Sparse, widened
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
 
-EVERYWHERE = BACKENDS  # Triton will join
 UNWRITTEN = np.int32(~np.int32(0))
 each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda one: one.value)
