@@ -1,14 +1,23 @@
-"""`vivace bench host|startup|frontend|process|quality|sparse-quality|cpu|peers`."""
+"""`vivace bench host|startup|frontend|process|quality|sparse-quality|cpu|sparse|peers`."""
 
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import vivace
-from vivace.bench import cpu, frontend, host, process, quality, result, sparse_quality, startup
+from vivace.bench import (
+    cpu,
+    frontend,
+    host,
+    process,
+    quality,
+    result,
+    sparse,
+    sparse_quality,
+    startup,
+)
 from vivace.bench.peers import rows as peer_rows
 from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
@@ -52,15 +61,7 @@ def main(command: str, argv: list[str]) -> int:
                 "kind": args.rows_kind or "all",
             }
         case "sparse-quality":
-            texts = sparse_quality.Load(
-                rows=args.rows,
-                tokens=args.tokens,
-                budget=args.budget,
-                layers_dense=args.layers_dense,
-            )
-            rows = sparse_quality.read_rows(args.model, args.chats, texts)
-            figures = sparse_quality.measure(args.model, rows, texts)
-            config = {"model": args.model.name, "chats": args.chats.name, **asdict(texts)}
+            figures, config = _sparse_quality(args)
         case "cpu":
             settings = CpuConfig(threads=args.threads, isa=args.isa)
             weights = quantized_by(args.quantize)
@@ -68,11 +69,24 @@ def main(command: str, argv: list[str]) -> int:
             figures = cpu.measure(engine, cpu.Load(rounds=args.rounds))
             config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
             config |= {"quantize": args.quantize, "isa": args.isa or "best"}
+        case "sparse":
+            size = sparse.Load(args.rounds, args.context, args.budget, args.layers)
+            figures = sparse.measure(args.threads, size)
+            config = {"threads": args.threads, **asdict(size)}
         case "peers":
             figures = _peers(args)
             config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
     result.report(f"bench {args.kind}", figures, config)
     return 0
+
+
+def _sparse_quality(args: argparse.Namespace) -> tuple[list[Figure], Mapping[str, str | int]]:
+    load = sparse_quality.Load(
+        rows=args.rows, tokens=args.tokens, budget=args.budget, layers_dense=args.layers_dense
+    )
+    rows = sparse_quality.read_rows(args.model, args.chats, load)
+    config = {"model": args.model.name, "chats": args.chats.name, **asdict(load)}
+    return sparse_quality.measure(args.model, rows, load), config
 
 
 def _peers(args: argparse.Namespace) -> list[Figure]:
@@ -112,12 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     one.add_argument("--quantize", default="none")
     _add_qualities(kinds)
-    one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
-    one.add_argument("model", type=Path)
-    one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
-    one.add_argument("--isa", help="instruction set (default: the best there is)")
-    one.add_argument("--rounds", type=int, default=5)
-    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
+    _add_cpu(kinds)
     one = kinds.add_parser("peers", help="beside other engines on the same machine, by ratio")
     one.add_argument("model", type=Path)
     one.add_argument("--peers", type=Path, required=True, help="what bench/peers/prepare.py made")
@@ -128,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_qualities(kinds: Any) -> None:
+def _add_qualities(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What something costs in what a model says."""
     one = kinds.add_parser("quality", help="what quantizing costs in perplexity")
     one.add_argument("model", type=Path)
     one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
@@ -140,3 +150,19 @@ def _add_qualities(kinds: Any) -> None:
     one.add_argument("--tokens", type=int, default=128, help="after each prompt")
     one.add_argument("--budget", type=int, default=512, help="tokens")
     one.add_argument("--layers-dense", type=int, default=2)
+
+
+def _add_cpu(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What is measured beside the machine's bandwidth."""
+    one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
+    one.add_argument("model", type=Path)
+    one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
+    one.add_argument("--isa", help="instruction set (default: the best there is)")
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
+    one = kinds.add_parser("sparse", help="block-sparse decode beside dense attention; no model")
+    one.add_argument("--rounds", type=int, default=20)
+    one.add_argument("--context", type=int, default=32_768, help="tokens in the cache")
+    one.add_argument("--budget", type=int, default=2_048, help="tokens that are attended to")
+    one.add_argument("--layers", type=int, default=6, help="whose caches take turns")
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
