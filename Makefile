@@ -8,7 +8,7 @@ SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) CMakeLists.txt setup.py
 # One thread each for what brings its own pools. PYTHONSAFEPATH: ./kernels must not pass for a package of that name.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: base setup demo check test sanitize fuzz soak serve gpu-check proto clean
+.PHONY: base setup demo check test sanitize fuzz soak serve gpu-check gpu-tune proto clean
 
 base: $(VENV)/base.stamp
 setup: $(VENV)/setup.stamp
@@ -50,6 +50,9 @@ gpu-check:
 	cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/kernels
 	cmake --build build/gpu --parallel 4
 	PYTHONPATH=src $(PYTHON) tests/gpu/check.py --results $(RESULTS)
+
+gpu-tune:
+	PYTHONPATH=src $(PYTHON) tests/gpu/tune.py $(TUNE)
 
 proto: setup
 	$(BIN)/python serving/protos/generate.py

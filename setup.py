@@ -60,7 +60,7 @@ setup(
     include_package_data=False,
     package_data={
         "vivace": ["py.typed"],
-        "vivace.engine.models": ["architectures/*.toml"],
+        "vivace.engine.models": ["architectures/*.toml", "*.toml"],
         "vivace.serving.protos.vivace.v1": ["*.proto", "*.pyi"],
     },
     ext_modules=[Extension("vivace.kernels.vivace_cpu", sources=[])],

@@ -1,4 +1,5 @@
-"""`vivace info`: what a checkpoint is, whether it can be served, and what that takes. `vivace config`: all settings."""
+"""`vivace info`: what a checkpoint is, whether it can be served, and what that takes. `vivace config`: all settings.
+`vivace kernels`: which GPU kernels a model needs; compiles and judges them without a GPU."""
 
 import argparse
 import sys
@@ -6,7 +7,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from vivace.engine.config import Config, kept_in, quantized_by
+from vivace.engine.config import CacheConfig, Config, kept_in, quantized_by
 from vivace.engine.config_file import add_flag, add_flags, from_words, to_toml
 from vivace.engine.errors import ArtifactError, ConfigError, printable
 from vivace.engine.models import weights
@@ -27,10 +28,53 @@ from vivace.engine.plan import (
 )
 from vivace.engine.share import plan_all, plan_one, share
 
+KERNELS = {  # of `vivace kernels`
+    "build": "compile what serving a model needs into a folder, where it finds it",
+    "list": "print every variant and the GPUs it is compiled for",
+    "check": "compile and judge the machine code: no spills, within the chip's limits, instructions as meant",
+}
+GPU_BLOCK_TOKENS = 64  # tokens of a cache block on a GPU
+
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of this folder's commands; returns the exit status."""
-    return {"info": _info, "config": _config}[command](argv)
+    return {"info": _info, "config": _config, "kernels": _kernels}[command](argv)
+
+
+def _kernels(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vivace kernels",
+        description="GPU kernels, compiled ahead of time on a machine that needs no GPU. A MODEL is a "
+        "folder with a config.json, or the name of a shipped one; its weights are not read. "
+        "check exits with 1 if machine code is not as it must be.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, about in KERNELS.items():
+        one = kinds.add_parser(kind, help=about, description=about)
+        one.add_argument("model", nargs=None if kind == "build" else "?", metavar="MODEL")
+        one.add_argument("--target", required=kind != "list", metavar="GPU", help="such as sm_90")
+        one.add_argument("--block-tokens", type=int, default=GPU_BLOCK_TOKENS)
+        one.add_argument("--kv-cache-dtype", default="bf16", help="as served: fp32, bf16 or int8")
+        if kind == "build":
+            one.add_argument("--cache-dir", type=Path, required=True, help="what serving is told")
+            one.add_argument("--device", help="use what was tuned on it, such as 'NVIDIA H200'")
+    args = parser.parse_args(argv)
+    try:
+        from vivace.engine import gpu_kernels
+        from vivace.kernels.gpu.target import TARGETS
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error}; install vivace[gpu]") from error
+    if args.target not in (None, *TARGETS):
+        raise ConfigError(f"--target must be one of {', '.join(TARGETS)}, got {args.target!r}")
+    dtype = kept_in(args.kv_cache_dtype).dtype
+    cache = CacheConfig(dtype=dtype, block_tokens=args.block_tokens)
+    models = gpu_kernels.read_models(args.model, cache)
+    match args.kind:
+        case "list":
+            return gpu_kernels.show(models, [args.target] if args.target else [*TARGETS])
+        case "check":
+            return gpu_kernels.check(models, args.target)
+    return gpu_kernels.build(models, args.target, args.cache_dir, args.device)
 
 
 def _config(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vivace.kernels import (
@@ -20,6 +21,8 @@ from vivace.kernels import (
     block_topk,
     embed,
     embed_int8,
+    expert_down,
+    expert_gated,
     expert_linear,
     expert_linear_int4,
     expert_linear_int8,
@@ -31,6 +34,7 @@ from vivace.kernels import (
     linear_int4,
     linear_int8,
     logprobs,
+    moe_assign,
     moe_combine,
     moe_route,
     quantize,
@@ -42,6 +46,7 @@ from vivace.kernels import (
     softcap,
     take_rows,
 )
+from vivace.kernels.compilation import Compilation
 from vivace.kernels.memory import Memory
 from vivace.kernels.recorder import Recorder
 
@@ -64,6 +69,7 @@ class Ops:
     ]  # how many ops have finished; a watchdog may call it from another thread
     recorder: Recorder | None  # None: the backend's ops can be called one by one only
     isa: str | None  # the instruction set; None: the backend has no choice of them
+    compilation: Compilation | None  # None: the backend compiles nothing while it runs
     linear: linear.Run
     quantize: quantize.Run
     linear_int8: linear_int8.Run
@@ -89,6 +95,9 @@ class Ops:
     expert_linear: expert_linear.Run
     expert_linear_int8: expert_linear_int8.Run
     expert_linear_int4: expert_linear_int4.Run
+    moe_assign: moe_assign.Run
+    expert_gated: expert_gated.Run
+    expert_down: expert_down.Run
     moe_combine: moe_combine.Run
     take_rows: take_rows.Run
     sample: sample.Run
@@ -96,7 +105,7 @@ class Ops:
     kv_read: kv_read.Run
 
 
-NO_OPS = ("memory", "progress", "recorder", "isa")  # fields of Ops
+NO_OPS = ("memory", "progress", "recorder", "isa", "compilation")  # fields of Ops
 
 
 def load(
@@ -105,12 +114,16 @@ def load(
     threads: int | None = None,
     isa: str | None = None,
     device: str | None = None,
+    cache_dir: Path | None = None,
 ) -> Ops:
-    """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for the others.
+    """Bind all ops. `threads` (unset: 1) and `isa` (unset: the best there is) are for CPU, `device` for the others,
+    `cache_dir`, where compiled kernels are kept, for TRITON.
 
     An op that the backend does not have raises NotImplementedError when it is called. Raises ImportError saying what to
     install or build if the backend is not there.
     """
+    if cache_dir is not None and backend is not Backend.TRITON:
+        raise ValueError(f"cache_dir is for backend 'triton', got {str(cache_dir)!r}")
     if backend is Backend.CPU:
         if device is not None:
             raise ValueError(f"device is for the other backends, got {device!r}")
@@ -118,7 +131,7 @@ def load(
     if threads is not None or isa is not None:
         raise ValueError(f"threads and isa are for the CPU backend, got {threads!r} and {isa!r}")
     if backend is Backend.TRITON:
-        return _load_triton("cuda" if device is None else device)
+        return _load_triton("cuda" if device is None else device, cache_dir)
     return _load_reference("cpu" if device is None else device)
 
 
@@ -128,7 +141,12 @@ def _load_cpu(threads: int, isa: str | None) -> Ops:
     memory = import_module("vivace.kernels.memory.cpu").CpuMemory(library)
     bound = _bind(Backend.CPU, lambda module: module.bind(library))
     return Ops(
-        memory=memory, progress=library.progress, recorder=recorder, isa=library.isa, **bound
+        memory=memory,
+        progress=library.progress,
+        recorder=recorder,
+        isa=library.isa,
+        compilation=None,
+        **bound,
     )
 
 
@@ -139,18 +157,39 @@ def _load_reference(device: str) -> Ops:
         raise ImportError(f"{error}; install vivace[gpu]") from error
     counter = Counter()
     bound = _bind(Backend.REFERENCE, lambda module: counter.counted(module.run))
-    return Ops(memory=memory, progress=counter.read, recorder=None, isa=None, **bound)
+    return Ops(
+        memory=memory,
+        progress=counter.read,
+        recorder=None,
+        isa=None,
+        compilation=None,
+        **bound,
+    )
 
 
-def _load_triton(device: str) -> Ops:
+def _load_triton(device: str, cache_dir: Path | None) -> Ops:
     try:
-        launcher = import_module("vivace.kernels.gpu.launcher").Launcher(device)
+        launcher = import_module("vivace.kernels.gpu.launcher").Launcher(
+            device, cache_dir=cache_dir
+        )
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install vivace[gpu]") from error
+    return bind_triton(launcher)
+
+
+def bind_triton(launcher: Any) -> Ops:
+    """The ops of a `kernels.gpu.launcher.Launcher`."""
     memory = import_module("vivace.kernels.memory.triton").TritonMemory(launcher.device)
     counter = Counter()
     bound = _bind(Backend.TRITON, lambda module: counter.counted(module.bind(launcher)))
-    return Ops(memory=memory, progress=counter.read, recorder=None, isa=None, **bound)
+    return Ops(
+        memory=memory,
+        progress=counter.read,
+        recorder=None,
+        isa=None,
+        compilation=launcher.watch,
+        **bound,
+    )
 
 
 def _bind(

@@ -51,12 +51,12 @@ def expect(name: str, buffer: Buffer, *shape: int | None) -> tuple[int, ...]:
     return got
 
 
-def expect_weight_dtype(name: str, buffer: Buffer) -> None:
-    """Raise ValueError unless the elements are fp32 or bf16, which on the CPU is uint16: NumPy has no name for it."""
-    if str(buffer.dtype).removeprefix("torch.") not in ("float32", "bfloat16", "uint16"):
-        raise ValueError(
-            f"{name} must hold float32 or bfloat16 (uint16 on the CPU), got {buffer.dtype}"
-        )
+def expect_weight_dtype(name: str, buffer: Buffer, *, has_fp16: bool = False) -> None:
+    """Raise ValueError unless the elements are fp32 or bf16, which on the CPU is uint16: NumPy has no name for it; or fp16."""
+    dtype = str(buffer.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "uint16") and not (has_fp16 and dtype == "float16"):
+        kinds = "float32, float16 or bfloat16" if has_fp16 else "float32 or bfloat16"
+        raise ValueError(f"{name} must hold {kinds} (uint16 on the CPU), got {buffer.dtype}")
 
 
 def expect_bf16(name: str, buffer: Buffer) -> None:

@@ -164,6 +164,16 @@ def global_state(source: Source) -> Iterator[str]:
             yield f"global {', '.join(node.names)}"
 
 
+def run_time_tuning(source: Source) -> Iterator[str]:
+    """Kernels are tuned before they ship: a search while serving stalls requests, and cannot run in a graph."""
+    for node in source.nodes:
+        names = [node.attr] if isinstance(node, ast.Attribute) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        if "autotune" in names:
+            yield f"line {node.lineno} uses autotune"
+
+
 def open_marks(source: Source) -> Iterator[str]:
     """What is left to do has an issue's number."""
     yield from (found[0] for found in MARKS.finditer(source.text))
@@ -181,4 +191,5 @@ PYTHON_RULES: tuple[Rule, ...] = (
     broad_excepts,
     open_parameters,
     global_state,
+    run_time_tuning,
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; 0: see tests/aot
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Runs the stages of `make check` and `make test` in order up to the first that fails, and prints their times."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,10 @@ PARTS = {  # stage of `test` -> what pytest runs in it
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}  # folder of build/ -> gcc's names
 
 
-def run(*words: str) -> None:
-    """Run a command of the environment in the root. Raises CalledProcessError."""
-    subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT, check=True)
+def run(*words: str, **variables: str) -> None:
+    """Run a command of the environment in the root, with variables set. Raises CalledProcessError."""
+    environment = os.environ | variables
+    subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT, check=True, env=environment)
 
 
 def lint() -> None:
@@ -52,6 +54,12 @@ def part(name: str) -> Callable[[], None]:
 def triton() -> None:
     """Every test that interprets Triton kernels."""
     run("pytest", "-q", "-n", "2", "-m", "triton", "tests")
+
+
+def aot() -> None:
+    """Every test that compiles Triton kernels, for GPUs that are not there: what ships, cold, and what is wrong with it."""
+    words = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "-m", "aot", "tests/aot")
+    run(*words, TRITON_INTERPRET="0")
 
 
 def sanitize() -> None:
@@ -145,8 +153,10 @@ def main(names: list[str]) -> int:
     """Run the named stages; returns the exit status."""
     stages: dict[str, Callable[[], None]] = {"lint": lint, "types": types, "fast": fast}
     stages |= {name: part(name) for name in PARTS}
-    stages |= {"triton": triton, "sanitize": sanitize, "package": package}
-    wanted = [one for name in names for one in ((*PARTS, "triton") if name == "all" else (name,))]
+    stages |= {"triton": triton, "aot": aot, "sanitize": sanitize, "package": package}
+    wanted = [
+        one for name in names for one in ((*PARTS, "triton", "aot") if name == "all" else (name,))
+    ]
     times: list[tuple[str, float, str]] = []
     failed = False
     for name in wanted:

@@ -4,7 +4,7 @@ Also the oracle: what transformers says about the same tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,11 @@ def make_driver(
     block_tokens: int = 16,
     num_blocks: int = 256,
     max_tokens: int = 2048,
+    rewrite: Callable[[Program], Program] = lambda program: program,
 ) -> Driver:
     """Load a checkpoint; blocks are handed out in a random order."""
     spec = read_spec(directory)
-    program = emit(spec)
+    program = rewrite(emit(spec))
     loaded = weights.load(directory, program, spec.architecture, lambda done, total: None)
     most = {
         Symbol.T: max_tokens,

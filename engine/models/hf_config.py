@@ -47,7 +47,11 @@ ACTIVATIONS = {
 def read_spec(directory: Path) -> ModelSpec:
     """Raises ArtifactError naming what cannot be read, is not supported, or does not fit
     together."""
-    config = read_fields(directory / "config.json")
+    return spec_of(read_fields(directory / "config.json"))
+
+
+def spec_of(config: Fields) -> ModelSpec:
+    """What the fields of a config.json say. Raises ArtifactError as `read_spec`."""
     name = architecture_name(config)
     if name not in supported():
         raise ArtifactError(

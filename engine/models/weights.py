@@ -171,6 +171,17 @@ def as_stored(directory: Path, program: Program, architecture: str) -> Program:
     except ArtifactError:
         return program
     names = read_architecture(architecture)
+    return in_bf16(
+        program,
+        lambda value: all(
+            piece.tensor in tensors and tensors[piece.tensor].dtype == "BF16"
+            for piece in pieces_of(value, names)
+        ),
+    )
+
+
+def in_bf16(program: Program, is_bf16: Callable[[Value], bool]) -> Program:
+    """The program with bf16 for those matrices that are so in the checkpoint and that ops read so."""
     as_matrix = {call.ins[MATRICES[call.op]] for call in program.calls if call.op in MATRICES}
     otherwise = {
         value
@@ -181,12 +192,7 @@ def as_stored(directory: Path, program: Program, architecture: str) -> Program:
     small = {
         value: replace(value, dtype=DType.BF16)
         for value in as_matrix - otherwise
-        if value.kind is Kind.WEIGHT
-        and not value.plus
-        and all(
-            piece.tensor in tensors and tensors[piece.tensor].dtype == "BF16"
-            for piece in pieces_of(value, names)
-        )
+        if value.kind is Kind.WEIGHT and not value.plus and is_bf16(value)
     }
     calls = tuple(
         replace(call, ins=tuple(small.get(value, value) for value in call.ins))

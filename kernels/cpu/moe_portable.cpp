@@ -67,6 +67,8 @@ void route_rows(const void* args, int64_t begin, int64_t end) {
     float* weights = a.weights + t * a.K;
     int32_t* experts = a.experts + t * a.K;
     for (int64_t k = 0; k < a.K; ++k) experts[k] = int32_t(take_best(r.ranks, r.is_out, a.E));
+    if (a.loads)
+      for (int64_t k = 0; k < a.K; ++k) __atomic_fetch_add(a.loads + experts[k], 1, __ATOMIC_RELAXED);
     if (a.renormalize && a.is_softmax) {
       float chosen[kMaxExperts];
       for (int64_t k = 0; k < a.K; ++k) chosen[k] = logits[experts[k]];

@@ -144,6 +144,7 @@ struct MoeRouteArgs {
   float* weights;       // [T, K]
   int32_t* experts;     // [T, K]
   const float* logits;  // [T, E]
+  int64_t* loads;       // [E] or null; added to
   const float* bias;    // [E] or null
   int64_t T, E, K, num_groups, top_groups;
   int64_t is_softmax;  // 0: sigmoid

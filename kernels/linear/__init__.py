@@ -1,7 +1,7 @@
 """y = x W^T + bias: every projection of a model.
 
 T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is; the bias comes last.
-A weight of bf16 is one of fp32 whose last 16 bits are 0.
+A weight of bf16 is one of fp32 whose last 16 bits are 0. Where the hardware multiplies bf16 (Triton), x is rounded to it first.
 """
 
 from typing import Protocol

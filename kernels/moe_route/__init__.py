@@ -5,7 +5,7 @@ fall the same way everywhere. Experts are ranked by logit, or by score + bias wh
 weighs nothing (arXiv:2412.19437, section 2.1.2). Ties go to the lower expert. In groups, equal in size and side by side,
 only experts of the `top_groups` best can be chosen; a group is worth its best expert's rank, with a bias the sum of its
 two best; ties go to the lower group. Weights are the scores of the chosen; renormalized: the softmax of the chosen
-logits, or the sigmoids over their sum + 1e-20. Last, times `scale`.
+logits, or the sigmoids over their sum + 1e-20. Last, times `scale`. To `loads` is added how many tokens chose each expert.
 """
 
 from typing import Protocol
@@ -23,6 +23,7 @@ class Run(Protocol):
         weights_TK: Buffer,  # fp32, out
         experts_TK: Buffer,  # int32, out, distinct within a row
         logits_TE: Buffer,  # fp32
+        loads_E: Buffer | None = None,  # int64, in and out
         bias_E: Buffer | None = None,  # fp32
         *,
         scoring: str,  # one of SCORINGS
@@ -37,6 +38,7 @@ def check(
     weights_TK: Buffer,
     experts_TK: Buffer,
     logits_TE: Buffer,
+    loads_E: Buffer | None = None,
     bias_E: Buffer | None = None,
     *,
     scoring: str,
@@ -52,6 +54,9 @@ def check(
     expect_dtype("logits", logits_TE, "float32")
     expect_dtype("weights", weights_TK, "float32")
     expect_dtype("experts", experts_TK, "int32")
+    if loads_E is not None:
+        expect("loads", loads_E, E)
+        expect_dtype("loads", loads_E, "int64")
     if bias_E is not None:
         expect("bias", bias_E, E)
         expect_dtype("bias", bias_E, "float32")

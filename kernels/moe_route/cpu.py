@@ -16,6 +16,7 @@ class Args(Structure):
         ("weights", c_void_p),
         ("experts", c_void_p),
         ("logits", c_void_p),
+        ("loads", c_void_p),
         ("bias", c_void_p),
         ("T", c_int64),
         ("E", c_int64),
@@ -36,6 +37,7 @@ def bind(library: Library) -> Callable[..., None]:
         weights_TK: Array,
         experts_TK: Array,
         logits_TE: Array,
+        loads_E: Array | None = None,
         bias_E: Array | None = None,
         *,
         scoring: str,
@@ -48,8 +50,9 @@ def bind(library: Library) -> Callable[..., None]:
         if E > MAX_EXPERTS:
             raise ValueError(f"experts must be at most {MAX_EXPERTS}, got {E}")
         pointers = map(pointer, (weights_TK, experts_TK, logits_TE))
+        more = optional_pointer(loads_E), optional_pointer(bias_E)
         sizes = (T, E, K, num_groups, top_groups)
         is_softmax = scoring == "softmax"
-        call(Args(*pointers, optional_pointer(bias_E), *sizes, is_softmax, renormalize, scale))
+        call(Args(*pointers, *more, *sizes, is_softmax, renormalize, scale))
 
     return run

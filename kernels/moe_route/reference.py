@@ -7,6 +7,7 @@ def run(
     weights_TK: torch.Tensor,
     experts_TK: torch.Tensor,
     logits_TE: torch.Tensor,
+    loads_E: torch.Tensor | None = None,
     bias_E: torch.Tensor | None = None,
     *,
     scoring: str,
@@ -36,3 +37,5 @@ def run(
             weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
     weights_TK.copy_(weights * scale)
     experts_TK.copy_(chosen_TK)
+    if loads_E is not None:
+        loads_E += chosen_TK.flatten().bincount(minlength=len(loads_E))

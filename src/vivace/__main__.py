@@ -16,6 +16,7 @@ COMMANDS = {  # command -> (module, what it does)
         "vivace.engine.cli",
         "print all settings, and what this machine makes of a checkpoint",
     ),
+    "kernels": ("vivace.engine.cli", "compile GPU kernels ahead of time, list and check them"),
     "bench": ("vivace.bench.cli", "measure"),
 }
 USAGE = "usage: vivace COMMAND ...   (vivace COMMAND --help says more)\n\n" + "".join(

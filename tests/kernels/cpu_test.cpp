@@ -220,7 +220,7 @@ std::vector<Case> cases(Buffers& b, const Sizes& sizes, int64_t T) {
   Ints &experts = b.i(T * K, num_chosen), &routed = b.i(T * K, E);
   Floats &expert_weight = b.f(E * N * M), &expert_bias = b.f(E * N), &shared = b.f(T * N), &gate = b.f(T);
   add("moe_route", vivace_moe_route,
-      cpu::MoeRouteArgs{chosen.data(), routed.data(), router.data(), nullptr, T, E, K, 1, 1, 1, 1, 1}, chosen, routed);
+      cpu::MoeRouteArgs{chosen.data(), routed.data(), router.data(), nullptr, nullptr, T, E, K, 1, 1, 1, 1, 1}, chosen, routed);
   add("expert_linear", vivace_expert_linear,
       cpu::ExpertLinearArgs{expert_out.data(), x.data(), experts.data(), expert_weight.data(), expert_bias.data(), T, K,
                             E, N, M, 0, 0}, expert_out);

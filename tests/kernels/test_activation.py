@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
+from tests.kernels.arrays import EVERYWHERE, close, ops_of, out, run
 from vivace.kernels.gated import ACTIVATIONS
 
 SHAPES = ((0,), (1,), (2,), (5,), (33,), (70,), (3, 2), (0, 4), (5, 3, 2))
 RANGE = np.linspace(-87, 120, 4001, dtype=np.float32)[None]
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

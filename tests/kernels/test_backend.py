@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, ISAS, ops_of, out
+from tests.kernels.arrays import EVERYWHERE, ISAS, ops_of, out
 from vivace.kernels.backend import Backend, load
 from vivace.kernels.buffer import DType
 from vivace.kernels.cpu.library import ABI, Library
 from vivace.kernels.linear.cpu import Args
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 
 
 @each_backend
