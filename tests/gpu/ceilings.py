@@ -29,9 +29,10 @@ def _sum_words(
 ):
     """Read-bound: every program walks its share of the tiles and writes one number."""
     total = tl.zeros([TILE], tl.int32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        places = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    for _ in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         total += tl.load(words + places, eviction_policy="evict_first")
+        places += tl.num_programs(0) * TILE
     tl.store(sums + tl.program_id(0), tl.sum(total))
 
 

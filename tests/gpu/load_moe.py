@@ -72,7 +72,7 @@ class Layer:
 
 def layer(made: Experts, x_TM: Tensor, logits_TE: Tensor) -> Layer:
     """With outputs that nobody has written."""
-    E, M, F = made.down.shape
+    _, M, F = made.down.shape
     T, K, device = len(x_TM), made.K, x_TM.device
     empty = partial(torch.empty, device=device)
     ints = partial(torch.empty, dtype=torch.int32, device=device)

@@ -63,7 +63,9 @@ def compute_sanitizer() -> str | None:
     places = [Path(home) for home in homes if home]
     places += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
     candidates = [place / sub for place in places for sub in ("bin", "compute-sanitizer")]
-    return found or next((hit for at in candidates if (hit := shutil.which("compute-sanitizer", path=str(at)))), None)
+    return found or next(
+        (hit for at in candidates if (hit := shutil.which("compute-sanitizer", path=str(at)))), None
+    )
 
 
 def output(*command: str) -> str | None:

@@ -1,6 +1,6 @@
 """Random inputs for every op, and the comparison of two backends on them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,16 +49,21 @@ class OpCase:
 
 
 def compare(case: OpCase, first: Ops, second: Ops) -> float:
-    """The largest difference of any output, as a fraction of its largest number."""
-    worst = 0.0
-    for got, want in zip(outputs(case, first), outputs(case, second), strict=True):
+    """The largest difference of any output of two backends, as a fraction of its largest number."""
+    return worst(outputs(case, first), outputs(case, second))
+
+
+def worst(first: Sequence[Array], second: Sequence[Array]) -> float:
+    """Likewise of outputs that are there; infinite where one side alone is not finite."""
+    largest = 0.0
+    for got, want in zip(first, second, strict=True):
         a, b = got.astype(np.float64), want.astype(np.float64)
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            return float("inf")  # something is infinite or NaN on one side only
+            return float("inf")
         a, b = a[np.isfinite(a)], b[np.isfinite(b)]
         if a.size:
-            worst = max(worst, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
-    return worst
+            largest = max(largest, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
+    return largest
 
 
 def outputs(case: OpCase, ops: Ops) -> list[Array]:

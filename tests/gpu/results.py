@@ -37,7 +37,7 @@ def without_times(result: Result) -> Result:
     if all(getattr(result, name) is None for name in TIMES):
         return result
     blank: dict[str, Any] = dict.fromkeys(TIMES)
-    passed = None if result.passed else result.passed
+    passed = False if result.note.startswith("wrong") else None
     return replace(result, **blank, passed=passed, note=f"rehearsed, not measured. {result.note}")
 
 
@@ -66,12 +66,15 @@ class Report:
     def __init__(self, path: Path, machine: Mapping[str, Any], *, is_rehearsal: bool) -> None:
         self.path = path
         self.sections: dict[str, dict[str, Any]] = {}
-        self.results: list[Result] = []
+        self.results: list[Result] = []  # as they are kept
+        self.found: list[Result] = []  # as they came
         self._is_rehearsal = is_rehearsal
         self._machine = dict(machine)
 
     def add(self, results: Iterable[Result]) -> list[Result]:
         """Keep these; returns them as they are kept."""
+        results = list(results)
+        self.found += results
         kept = [without_times(r) if self._is_rehearsal else r for r in results]
         self.results += kept
         return kept
