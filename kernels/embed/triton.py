@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.linear.triton import widen
 
 DEFAULT = Config({"BLOCK": 1024})
 
@@ -18,12 +19,13 @@ def gather_rows(
     table,  # fp32 or bf16 [V, M]
     scale,  # fp32
     M,
+    UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < M
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
-    x = tl.load(table + row * M + column, mask=mask, other=0.0).to(tl.float32)
+    x = widen(tl.load(table + row * M + column, mask=mask, other=0.0), UPCAST)
     tl.store(out + tl.program_id(0).to(tl.int64) * M + column, x * scale, mask=mask)
 
 
@@ -37,6 +39,6 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         T, M = out_TM.shape
         grid = (T, triton.cdiv(M, config.tiles["BLOCK"]))
         args = (out_TM, tokens_T, table_VM, scale, M)
-        launcher.launch(gather_rows, grid, args, {}, config)
+        launcher.launch(gather_rows, grid, args, {"UPCAST": launcher.upcast}, config)
 
     return run

@@ -29,8 +29,17 @@ def cast(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
     """fp32 to the nearest of another float type, halves to even. UPCAST: the interpreter cuts off what bf16 has no bits for."""
     if UPCAST and tl.bfloat16 == TYPE:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(TYPE)
+
+
+@triton.jit
+def widen(x, UPCAST: tl.constexpr):
+    """Any float type to fp32. UPCAST: the interpreter makes a bf16 of 0 the least normal number."""
+    if UPCAST and tl.bfloat16 == x.dtype:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -65,8 +74,8 @@ def _linear(
             b = tl.load(w_at + start, mask=is_column & (k[:, None] < K - start), other=0.0)
         a = cast(a, weight.dtype.element_ty, UPCAST)
         if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
+            a = widen(a, UPCAST)
+            b = widen(b, UPCAST)
         total = tl.dot(a, b, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < N, other=0.0)[None, :]

@@ -16,6 +16,7 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         """See `kernels.take_rows`."""
         R, M = out_RM.shape
         grid = (R, triton.cdiv(M, config.tiles["BLOCK"]))
-        launcher.launch(gather_rows, grid, (out_RM, rows_R, x_TM, 1.0, M), {}, config)
+        args, constexprs = (out_RM, rows_R, x_TM, 1.0, M), {"UPCAST": launcher.upcast}
+        launcher.launch(gather_rows, grid, args, constexprs, config)
 
     return run

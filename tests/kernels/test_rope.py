@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
+from tests.kernels.arrays import EVERYWHERE, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 from vivace.kernels.buffer import DType
 
@@ -11,7 +11,7 @@ S = 16  # tokens per block
 EPS = 1e-6
 NORMS = ("none", "head", "row")
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 
 
 def table64(positions, inv_freq):

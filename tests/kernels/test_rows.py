@@ -168,6 +168,9 @@ def test_embed_and_take_rows_copy_rows(backend, T):
     assert np.array_equal(got, table[which] * np.float32(3.5))
     [got] = run(ops, "take_rows", [out(ops, T, 7)], table, which)
     assert np.array_equal(got, table[which])
+    table[3] = 0
+    [got] = run(ops, "embed", [out(ops, T, 7)], which, as_bf16(table))
+    assert np.array_equal(got, widened(as_bf16(table))[which])
 
 
 R = object()  # marks the arrays of a call that have a row per token, by standing before them

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of, out, run
+from tests.kernels.arrays import EVERYWHERE, ISAS, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 MASK = 2**64 - 1
 
 

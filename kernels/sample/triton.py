@@ -1,0 +1,508 @@
+"""Sampling on a GPU, a row spread over programs of 1,024 tokens each. Six launches, whatever the rows ask for:
+
+adjust   (R, chunks)  penalties, bias, temperature; of a row without filters also the draw. Reads 4 bytes a token, writes 4.
+bound    (R)          from the best of each group of 256 tokens, a score that no token to be kept lies under.
+gather   (R, chunks)  the tokens not under it, 4 bytes read a token; in any order, since what follows sorts them.
+limit    (R)          the key of the last token that top-k and top-p keep.
+apply    (R, chunks)  drops the others and draws. 4 bytes read a token, 4 written.
+choose   (R)          the best draw of the chunks.
+
+A row without filters leaves gather, bound, limit and apply at once. Bound by launches at R = 1, by 20 bytes a token and, for
+noise and masses in fp64, by flops beyond: a GPU of few fp64 units is slower. Sums have one order, so a row does not depend
+on its batch. More than CAPACITY candidates (flat rows, a top-k beyond the number of groups) are found by bisection in one
+program, exactly as well but some hundred microseconds slower. A list of many biases is read by every chunk of its row.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from vivace.kernels.gpu.launcher import Config, Launcher
+
+CHUNK = 1024
+GROUPS = 4  # of a chunk
+CAPACITY = 1024
+CHUNKS = Config()
+ROWS = Config(num_warps=8)
+MINUS_INF = tl.constexpr(-float("inf"))
+LOWEST = tl.constexpr(-(2**63))  # below every key
+HIGHEST = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _order(scores):
+    """int64 that compare as fp32 does, 0 and -0 alike."""
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def key_of(scores, tokens):
+    """int64 of which the larger is the better token, ties to the lower id; no two of a row are equal."""
+    return (_order(scores) << 32) + (0xFFFFFFFF - tokens.to(tl.int64))
+
+
+@triton.jit
+def score_of(key):
+    """The score of a key."""
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def token_of(key):
+    """The token of a key."""
+    return (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def _mass(scores, best):
+    """What scores weigh beside the best of their row, fp64."""
+    return tl.exp(scores.to(tl.float64) - best)
+
+
+@triton.jit
+def _finite(best):
+    """0 for the best of a row of which all is forbidden: it can be subtracted."""
+    return tl.where(best == MINUS_INF, 0.0, best)
+
+
+@triton.jit
+def _mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _gumbel(seed, position, tokens):
+    """The contract's noise, uint64 and fp64."""
+    stream = tl.zeros_like(tokens).to(tl.uint64) + seed.to(tl.uint64, bitcast=True)
+    x = _mix(stream + position.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    x = _mix(x + tokens.to(tl.uint64) * 0xD1B54A32D192ED03)
+    uniform = ((x >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2^-53
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _draw(
+    bests,  # fp64 [R, C]
+    winners,  # int32 [R, C]
+    scores,  # fp32 [CHUNK], -inf where there is no token
+    tokens,  # int32 [CHUNK]
+    seeds,
+    positions,
+    is_greedy,
+    r,
+    c,
+    C: tl.constexpr,
+):
+    """Note down the best of a chunk."""
+    drawn = scores.to(tl.float64)
+    if not is_greedy:
+        drawn += _gumbel(tl.load(seeds + r), tl.load(positions + r), tokens)
+    drawn = tl.where(drawn == drawn, drawn, MINUS_INF)  # NaN is a broken model's
+    best = tl.max(drawn)
+    tl.store(bests + r * C + c, best)
+    tl.store(winners + r * C + c, tl.min(tl.where(drawn == best, tokens, 0x7FFFFFFF)))
+
+
+@triton.jit
+def _is_filtered(temperature, top_k, top_p, min_p, r, V):
+    k = tl.load(top_k + r)
+    is_some = ((k > 0) & (k < V)) | (tl.load(top_p + r) < 1.0) | (tl.load(min_p + r) > 0.0)
+    return is_some & (tl.load(temperature + r) > 0.0)
+
+
+@triton.jit
+def _penalize(
+    out, logits, first, ids, counts, start, end, factor, per_count, once, CHUNK: tl.constexpr
+):
+    """The entries of a row's penalty list that fall into a chunk, from the logits into the scores."""
+    for at in range(start, end, CHUNK):
+        i = at + tl.arange(0, CHUNK)
+        token = tl.load(ids + i, mask=i < end, other=-1)
+        here = (token >= first) & (token < first + CHUNK)
+        if tl.max(here.to(tl.int32)) > 0:
+            score = tl.load(logits + token, mask=here, other=0.0)
+            count = tl.load(counts + i, mask=here, other=0)
+            score = tl.where(score > 0, tl.div_rn(score, factor), score * factor)
+            # the product in fp64, so that no multiply-add keeps bits which fp32 has not
+            score -= (per_count.to(tl.float64) * count.to(tl.float32)).to(tl.float32)
+            score -= tl.where(count > 0, once, 0.0)
+            tl.store(out + token, score, mask=here)
+
+
+@triton.jit
+def _add_biases(out, first, ids, values, start, end, FORBID: tl.constexpr, CHUNK: tl.constexpr):
+    """Those of a chunk's tokens: the finite ones, or the -inf, of which a token may have several."""
+    for at in range(start, end, CHUNK):
+        i = at + tl.arange(0, CHUNK)
+        token = tl.load(ids + i, mask=i < end, other=-1)
+        here = (token >= first) & (token < first + CHUNK)
+        if tl.max(here.to(tl.int32)) > 0:
+            value = tl.load(values + i, mask=here, other=0.0)
+            if FORBID:
+                tl.store(out + token, value, mask=here & (value == MINUS_INF))
+            else:
+                here &= value != MINUS_INF
+                score = tl.load(out + token, mask=here, other=0.0)
+                tl.store(out + token, score + value, mask=here)
+
+
+@triton.jit
+def _adjust(
+    scores,  # fp32 [R, V]
+    bests,  # fp64 [R, C]: a chunk's best draw, or with filters its best score
+    winners,  # int32 [R, C]
+    masses,  # fp64 [R, C]: beside the chunk's best; for top-p
+    group_bests,  # fp32 [R, C * GROUPS]
+    logits,  # fp32 [R, V]
+    temperature,  # fp32 [R]
+    top_k,  # int32 [R]
+    top_p,  # fp32 [R]
+    min_p,  # fp32 [R]
+    seeds,  # int64 [R]
+    positions,  # int32 [R]
+    repetition,  # fp32 [R]
+    frequency,  # fp32 [R]
+    presence,  # fp32 [R]
+    penalty_starts,  # int32 [R + 1]
+    penalty_ids,  # int32
+    penalty_counts,  # int32
+    bias_starts,  # int32 [R + 1]
+    bias_ids,  # int32
+    bias_values,  # fp32
+    V,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = c * CHUNK
+    tokens = first + tl.arange(0, CHUNK)
+    row, out = logits + r * V, scores + r * V
+    x = tl.load(row + tokens, mask=tokens < V, other=MINUS_INF)
+    p0, p1 = tl.load(penalty_starts + r), tl.load(penalty_starts + r + 1)
+    b0, b1 = tl.load(bias_starts + r), tl.load(bias_starts + r + 1)
+    if (p1 > p0) | (b1 > b0):  # through memory: an entry's place is data
+        tl.store(out + tokens, x, mask=tokens < V)
+        tl.debug_barrier()
+        factor, per_count = tl.load(repetition + r), tl.load(frequency + r)
+        once = tl.load(presence + r)
+        _penalize(
+            out, row, first, penalty_ids, penalty_counts, p0, p1, factor, per_count, once, CHUNK
+        )
+        tl.debug_barrier()
+        _add_biases(out, first, bias_ids, bias_values, b0, b1, False, CHUNK)
+        tl.debug_barrier()
+        _add_biases(out, first, bias_ids, bias_values, b0, b1, True, CHUNK)
+        tl.debug_barrier()
+        x = tl.load(out + tokens, mask=tokens < V, other=MINUS_INF)
+    heat = tl.load(temperature + r)
+    x = tl.div_rn(x, tl.where(heat > 0, heat, 1.0))
+    tl.store(out + tokens, x, mask=tokens < V)
+    if _is_filtered(temperature, top_k, top_p, min_p, r, V):
+        of_groups = tl.max(tl.reshape(x, (GROUPS, CHUNK // GROUPS)), axis=1)
+        tl.store(group_bests + (r * C + c) * GROUPS + tl.arange(0, GROUPS), of_groups)
+        best = tl.max(of_groups).to(tl.float64)
+        tl.store(bests + r * C + c, best)
+        if tl.load(top_p + r) < 1.0:
+            tl.store(masses + r * C + c, tl.sum(_mass(x, _finite(best))))
+    else:
+        _draw(bests, winners, x, tokens, seeds, positions, heat == 0, r, c, C)
+
+
+@triton.jit
+def _bound(
+    bounds,  # fp32 [R]: below it nothing is kept
+    row_bests,  # fp64 [R]
+    row_masses,  # fp64 [R]; for top-p
+    num_found,  # int32 [R]: 0
+    bests,  # fp64 [R, C]
+    masses,  # fp64 [R, C]
+    group_bests,  # fp32 [R, C * GROUPS]
+    temperature,  # fp32 [R]
+    top_k,  # int32 [R]
+    top_p,  # fp32 [R]
+    min_p,  # fp32 [R]
+    V,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
+        return
+    c, i = tl.arange(0, C_BLOCK), tl.arange(0, GROUP_BLOCK)
+    best_C = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
+    best = _finite(tl.max(best_C))
+    heads = tl.load(group_bests + r * C * GROUPS + i, mask=i < C * GROUPS, other=MINUS_INF)
+    heads = tl.sort(heads, descending=True)
+    k, p, least = tl.load(top_k + r), tl.load(top_p + r), tl.load(min_p + r)
+    bound = MINUS_INF
+    if (k > 0) & (k < V):  # k groups have a token as good
+        bound = tl.max(tl.where(i == k - 1, heads, MINUS_INF))
+    elif least > 0.0:  # a little less, for what fp32 rounds
+        share = best + tl.log(least.to(tl.float64))
+        bound = (share - 1e-6 * tl.abs(share) - 1e-9).to(tl.float32)
+    if p < 1.0:
+        mass_C = tl.load(masses + r * C + c, mask=c < C, other=0.0)
+        mass = tl.sum(mass_C * tl.exp(_finite(best_C) - best))
+        tl.store(row_masses + r, mass)
+        if (k == 0) | (k >= V):  # the best of the groups alone weigh enough
+            is_enough = tl.cumsum(_mass(heads, best)) >= p.to(tl.float64) * mass * (1 + 1e-12)
+            bound = tl.maximum(bound, tl.max(tl.where(is_enough, heads, MINUS_INF)))
+    tl.store(bounds + r, bound)
+    tl.store(row_bests + r, best)
+    tl.store(num_found + r, 0)
+
+
+@triton.jit
+def _gather(
+    found,  # int64 [R, CAPACITY]: keys, in any order
+    num_found,  # int32 [R]: all there are, fit or not
+    scores,  # fp32 [R, V]
+    bounds,  # fp32 [R]
+    temperature,  # fp32 [R]
+    top_k,  # int32 [R]
+    top_p,  # fp32 [R]
+    min_p,  # fp32 [R]
+    V,
+    CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
+        return
+    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(scores + r * V + tokens, mask=tokens < V, other=MINUS_INF)
+    is_found = (x >= tl.load(bounds + r)) & (x > MINUS_INF)
+    count = tl.sum(is_found.to(tl.int32))
+    if count > 0:
+        place = tl.atomic_add(num_found + r, count, sem="relaxed")
+        place += tl.cumsum(is_found.to(tl.int32)) - 1
+        is_found &= place < CAPACITY
+        tl.store(found + r * CAPACITY + place, key_of(x, tokens), mask=is_found)
+
+
+@triton.jit
+def _at_least(row, V, order, best, MASS: tl.constexpr, CHUNK: tl.constexpr):
+    """How many of a row's tokens have a score of this order or a better one, or their mass. fp64, both."""
+    total = tl.zeros((CHUNK,), tl.float64)
+    for start in range(0, V, CHUNK):
+        tokens = start + tl.arange(0, CHUNK)
+        x = tl.load(row + tokens, mask=tokens < V, other=MINUS_INF)
+        is_in = (_order(x) >= order) & (x > MINUS_INF)
+        if tl.max(is_in.to(tl.int32)) > 0:
+            total += tl.where(is_in, _mass(x, best) if MASS else 1.0, 0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _crossing(row, V, low, high, wanted, best, MASS: tl.constexpr, CHUNK: tl.constexpr):
+    """The largest order of a score, in low..high, at or above which there are as many, or as much, as wanted."""
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        if _at_least(row, V, middle, best, MASS, CHUNK) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def _limit_of_many(row, V, k, p, mass, best, CHUNK: tl.constexpr):
+    """By bisection over the row itself; `mass` is that of the whole row."""
+    order = _order(
+        MINUS_INF + tl.zeros((1,), tl.float32)
+    ).max()  # forbidden ones may stay: they are -inf
+    top = _order(best.to(tl.float32))
+    kept = V.to(tl.float64)  # of those of this order, the first so many
+    if (k > 0) & (k < V):
+        order = _crossing(row, V, order, top, k, best, False, CHUNK)
+        kept = k - _at_least(row, V, order + 1, best, False, CHUNK)
+        if p < 1.0:
+            each = _mass(score_of(order << 32), best)
+            mass = _at_least(row, V, order + 1, best, True, CHUNK) + kept * each
+    if p < 1.0:
+        wanted = p.to(tl.float64) * mass
+        crossing = _crossing(row, V, order, top, wanted, best, True, CHUNK)
+        lacking = wanted - _at_least(row, V, crossing + 1, best, True, CHUNK)
+        each = _mass(score_of(crossing << 32), best)
+        enough = tl.where(each > 0, tl.ceil(lacking / tl.where(each > 0, each, 1.0)), 0.0)
+        kept = tl.where(crossing == order, tl.minimum(kept, enough), enough)
+        order = crossing
+    return _last_of_equals(row, V, order, kept.to(tl.int32), CHUNK)
+
+
+@triton.jit
+def _last_of_equals(row, V, order, kept, CHUNK: tl.constexpr):
+    """The key of the `kept`-th token with a score of this order; where there are not so many, one below all of them."""
+    seen, last = kept * 0, order << 32
+    for start in range(0, V, CHUNK):
+        tokens = start + tl.arange(0, CHUNK)
+        x = tl.load(row + tokens, mask=tokens < V, other=MINUS_INF)
+        is_equal = (_order(x) == order) & (tokens < V)
+        place = seen + tl.cumsum(is_equal.to(tl.int32))
+        last = tl.maximum(
+            last, tl.max(tl.where(is_equal & (place == kept), key_of(x, tokens), last))
+        )
+        seen += tl.sum(is_equal.to(tl.int32))
+    return last
+
+
+@triton.jit
+def _limit(
+    limits,  # int64 [R]: the least key that is kept
+    found,  # int64 [R, CAPACITY]
+    num_found,  # int32 [R]
+    row_bests,  # fp64 [R]
+    row_masses,  # fp64 [R]
+    scores,  # fp32 [R, V]
+    temperature,  # fp32 [R]
+    top_k,  # int32 [R]
+    top_p,  # fp32 [R]
+    min_p,  # fp32 [R]
+    V,
+    CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
+        return
+    k, p, best = tl.load(top_k + r), tl.load(top_p + r), tl.load(row_bests + r)
+    count, mass, limit = tl.load(num_found + r), best, LOWEST
+    has_k = (k > 0) & (k < V)
+    if p < 1.0:
+        mass = tl.load(row_masses + r)
+    if count > CAPACITY:
+        if has_k | (p < 1.0):
+            limit = _limit_of_many(scores + r * V, V, k, p, mass, best, CHUNK)
+    else:
+        i = tl.arange(0, CAPACITY)
+        keys = tl.load(found + r * CAPACITY + i, mask=i < count, other=LOWEST)
+        keys = tl.sort(keys, descending=True)
+        is_kept = i < count
+        if has_k:
+            is_kept &= i < k
+        if p < 1.0:
+            each = tl.where(is_kept, _mass(score_of(keys), best), 0.0)
+            if has_k:
+                mass = tl.sum(each)
+            before = tl.cumsum(each) - each
+            is_kept &= (i == 0) | (before < p.to(tl.float64) * mass)
+        limit = tl.min(tl.where(is_kept, keys, HIGHEST))
+    tl.store(limits + r, limit)
+
+
+@triton.jit
+def _apply(
+    scores,  # fp32 [R, V]
+    bests,  # fp64 [R, C]
+    winners,  # int32 [R, C]
+    limits,  # int64 [R]
+    row_bests,  # fp64 [R]
+    temperature,  # fp32 [R]
+    top_k,  # int32 [R]
+    top_p,  # fp32 [R]
+    min_p,  # fp32 [R]
+    seeds,  # int64 [R]
+    positions,  # int32 [R]
+    V,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
+        return
+    tokens = c * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(scores + r * V + tokens, mask=tokens < V, other=MINUS_INF)
+    is_kept = (key_of(x, tokens) >= tl.load(limits + r)) & (x > MINUS_INF)
+    least = tl.load(min_p + r)
+    if least > 0.0:
+        is_kept &= _mass(x, tl.load(row_bests + r)) >= least.to(tl.float64)
+    x = tl.where(is_kept, x, MINUS_INF)
+    tl.store(scores + r * V + tokens, x, mask=tokens < V)
+    if tl.max(is_kept.to(tl.int32)) > 0:
+        _draw(bests, winners, x, tokens, seeds, positions, False, r, c, C)
+    else:
+        tl.store(bests + r * C + c, MINUS_INF)
+        tl.store(winners + r * C + c, c * CHUNK)
+
+
+@triton.jit
+def _choose(
+    tokens,  # int32 [R]
+    bests,  # fp64 [R, C]
+    winners,  # int32 [R, C]
+    C: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+):
+    r, c = tl.program_id(0).to(tl.int64), tl.arange(0, C_BLOCK)
+    drawn = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
+    token = tl.load(winners + r * C + c, mask=c < C, other=0x7FFFFFFF)
+    tl.store(tokens + r, tl.min(tl.where(drawn == tl.max(drawn), token, 0x7FFFFFFF)))
+
+
+def bind(launcher: Launcher) -> Callable[..., None]:
+    chunks = launcher.config("sample", "chunks", CHUNKS)
+    rows = launcher.config("sample", "rows", ROWS)
+
+    def scratch(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return launcher.scratch(f"sample_{name}", shape, dtype)
+
+    def run(
+        tokens_R: torch.Tensor,
+        scores_RV: torch.Tensor,
+        logits_RV: torch.Tensor,
+        temperature_R: torch.Tensor,
+        top_k_R: torch.Tensor,
+        top_p_R: torch.Tensor,
+        min_p_R: torch.Tensor,
+        seeds_R: torch.Tensor,
+        positions_R: torch.Tensor,
+        *adjustments: torch.Tensor,
+    ) -> None:
+        """See `kernels.sample`."""
+        R, V = logits_RV.shape
+        C = triton.cdiv(V, CHUNK)
+        bests, masses = (
+            scratch("bests", torch.float64, R, C),
+            scratch("masses", torch.float64, R, C),
+        )
+        winners = scratch("winners", torch.int32, R, C)
+        group_bests = scratch("group_bests", torch.float32, R, C * GROUPS)
+        bounds = scratch("bounds", torch.float32, R)
+        row_bests = scratch("row_bests", torch.float64, R)
+        row_masses = scratch("row_masses", torch.float64, R)
+        num_found, limits = scratch("num_found", torch.int32, R), scratch("limits", torch.int64, R)
+        found = scratch("found", torch.int64, R, CAPACITY)
+        filters = (temperature_R, top_k_R, top_p_R, min_p_R)
+        noise = (seeds_R, positions_R)
+        sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": CAPACITY}
+        sizes |= {"C_BLOCK": triton.next_power_of_2(C)}
+        sizes |= {"GROUP_BLOCK": triton.next_power_of_2(C * GROUPS)}
+
+        def launch(kernel: object, args: tuple[object, ...], names: str, *, is_row: bool) -> None:
+            constexprs = {name: sizes[name] for name in names.split()}
+            grid = (R,) if is_row else (R, C)
+            launcher.launch(kernel, grid, args, constexprs, rows if is_row else chunks)
+
+        args: tuple[object, ...] = (scores_RV, bests, winners, masses, group_bests, logits_RV)
+        args = (*args, *filters, *noise, *adjustments, V)
+        launch(_adjust, args, "C CHUNK GROUPS", is_row=False)
+        args = (bounds, row_bests, row_masses, num_found, bests, masses, group_bests, *filters, V)
+        launch(_bound, args, "C GROUPS C_BLOCK GROUP_BLOCK", is_row=True)
+        args = (found, num_found, scores_RV, bounds, *filters, V)
+        launch(_gather, args, "CHUNK CAPACITY", is_row=False)
+        args = (limits, found, num_found, row_bests, row_masses, scores_RV, *filters, V)
+        launch(_limit, args, "CHUNK CAPACITY", is_row=True)
+        args = (scores_RV, bests, winners, limits, row_bests, *filters, *noise, V)
+        launch(_apply, args, "C CHUNK", is_row=False)
+        launch(_choose, (tokens_R, bests, winners), "C C_BLOCK", is_row=True)
+
+    return run
