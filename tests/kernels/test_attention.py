@@ -5,16 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.arrays import BACKENDS, ISAS, close, ops_of
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, close, ops_of
 from tests.kernels.paged import Paged, S, queries
 from vivace.kernels.attention import SPLIT_TOKENS
 from vivace.kernels.backend import Backend
 from vivace.kernels.buffer import DType
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+everywhere = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 
 
-@each_backend
+@everywhere
 @pytest.mark.parametrize(
     ("H", "G", "D"), [(1, 1, 8), (4, 2, 16), (8, 2, 64), (8, 1, 80), (3, 3, 10), (2, 1, 256)]
 )
@@ -25,7 +26,7 @@ def test_decode_rows_and_chunks_in_one_call(backend, H, G, D):
     close(paged.attend(q, counts), paged.want(q, counts), 3e-6)
 
 
-@each_backend
+@everywhere
 @pytest.mark.parametrize("length", (255, 256, 257, 511, 513, 600))
 def test_contexts_around_the_splits(backend, length):
     paged = Paged(ops_of(backend), (length,), G=1, D=8)
@@ -105,7 +106,7 @@ def test_chunks_and_threads_change_no_bit_of_a_cache_of_fewer_bits(isa, dtype):
         assert np.array_equal(np.concatenate(parts), whole)
 
 
-@each_backend
+@everywhere
 @pytest.mark.parametrize("dtype", (DType.FP32, DType.BF16, DType.INT8))
 def test_a_number_that_is_none_stays_one(backend, dtype):
     """In a value or a score: an answer must not come of it."""
@@ -148,7 +149,7 @@ def test_no_shape_is_different(
     assert np.abs(got - want).max(initial=0) <= 2e-5  # values are about 1; scores of 256 products
 
 
-@each_backend
+@everywhere
 def test_rows_of_nobody_are_zero_and_requests_without_rows_are_passed_over(backend):
     paged = Paged(ops_of(backend, 2), (5, 20, 9), G=2, D=16)
     q = queries(6, 4, 16)
@@ -157,7 +158,7 @@ def test_rows_of_nobody_are_zero_and_requests_without_rows_are_passed_over(backe
     assert (got[3:] == 0).all()
 
 
-@each_backend
+@everywhere
 def test_an_empty_step_does_nothing(backend):
     paged = Paged(ops_of(backend), (), G=2, D=16)
     assert paged.attend(queries(0, 4, 16), ()).shape == (0, 4, 16)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, close, ops_of
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, close, ops_of
 from tests.kernels.paged import Paged, S, queries
 from vivace.kernels.attention import SPLIT_TOKENS
 from vivace.kernels.backend import Backend
@@ -12,6 +12,7 @@ WINDOWS = (1, 2, 15, 16, 17, 100, 255, 256, 257, 300, 599, 600, 1000)
 SINKS = np.float32([0.5, -3, 8, -np.inf])
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+everywhere = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 
 
 @each_backend
@@ -25,7 +26,7 @@ def test_windows_across_blocks_and_splits_and_nothing_left_of_them(backend, wind
     close(paged.attend(q, counts, window=window), want, 3e-6)
 
 
-@each_backend
+@everywhere
 @pytest.mark.parametrize("length", (31, 32, 33, 271, 272, 273))
 @pytest.mark.parametrize("window", (15, 16, 17))
 def test_windows_that_begin_at_any_offset_of_a_block(backend, length, window):
@@ -53,7 +54,7 @@ def test_every_combination(backend, H, G, D, window, softcap, has_sinks):
     close(paged.attend(q, counts, sinks=sinks, window=window, softcap=softcap), want, 4e-6)
 
 
-@each_backend
+@everywhere
 def test_a_softcap_bounds_scores_that_would_decide_alone(backend):
     paged = Paged(ops_of(backend), (300,), G=1, D=8)
     q = 200 * queries(2, 2, 8)
@@ -62,7 +63,7 @@ def test_a_softcap_bounds_scores_that_would_decide_alone(backend):
     assert np.abs(want - paged.want(q, (2,))).max() > 0.1
 
 
-@each_backend
+@everywhere
 def test_a_sink_takes_what_its_logit_says_and_gives_nothing(backend):
     paged = Paged(ops_of(backend), (600,), G=1, D=8)
     q = queries(2, 2, 8)
@@ -74,7 +75,7 @@ def test_a_sink_takes_what_its_logit_says_and_gives_nothing(backend):
     close(everything[:, 1], plain[:, 1], 1e-6)
 
 
-@each_backend
+@everywhere
 def test_rows_of_nobody_are_zero_with_sinks_and_windows_too(backend):
     paged = Paged(ops_of(backend, 2), (5, 20), G=2, D=16)
     got = paged.attend(queries(6, 4, 16), (1, 2), sinks=SINKS, window=3)
