@@ -20,6 +20,8 @@ class Args(Structure):
         ("query_starts", c_void_p),
         ("context_lens", c_void_p),
         ("sinks", c_void_p),
+        ("selected", c_void_p),
+        ("num_selected", c_void_p),
         ("T", c_int64),
         ("H", c_int64),
         ("G", c_int64),
@@ -46,6 +48,8 @@ def bind(library: Library) -> Callable[..., None]:
         query_starts: Array,
         context_lens_B: Array,
         sinks_H: Array | None = None,
+        selected_BGXZ: Array | None = None,
+        num_selected_BG: Array | None = None,
         *,
         num_kv_heads: int,
         scale: float,
@@ -59,11 +63,12 @@ def bind(library: Library) -> Callable[..., None]:
         pointers = map(
             pointer, (out_THD, q_THD, kv_cache, block_tables_BX, query_starts, context_lens_B)
         )
+        optional = map(optional_pointer, (sinks_H, selected_BGXZ, num_selected_BG))
         sizes = (T, H, num_kv_heads, kv_cache.shape[3], D, B, X)
         call(
             Args(
                 *pointers,
-                optional_pointer(sinks_H),
+                *optional,
                 *sizes,
                 window,
                 kv_type(kv_cache),

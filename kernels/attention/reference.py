@@ -53,6 +53,7 @@ def run(
             is_kept = _kept(selected_BGXZ[b], num_selected_BG[b], position // unit_tokens(S))
             is_kept = is_kept.repeat_interleave(H // num_kv_heads, dim=0)[:, None]
             scores = scores.masked_fill(~is_kept, -float("inf"))
+            v = v.masked_fill(~is_kept.transpose(1, 2), 0)  # which may be NaN
         if sinks_H is not None:
             scores = torch.cat((scores, sinks_H[:, None, None].expand(H, num_rows, 1)), dim=2)
         weights = scores.softmax(-1)[:, :, : end - begin]

@@ -11,7 +11,7 @@
 namespace {
 
 // Raised with every change of a struct or of what a function means.
-constexpr int32_t kAbi = 6;
+constexpr int32_t kAbi = 7;
 
 // What the instruction sets below start from; each replaces the ops that it has of its own.
 constexpr cpu::Kernels kPortable = {
@@ -28,6 +28,10 @@ constexpr cpu::Kernels kPortable = {
     .rope_table = cpu::rope_table_portable,
     .rope_kv_write = cpu::rope_kv_write_portable,
     .attention = cpu::attention_portable,
+    .kept_mass = cpu::kept_mass_portable,
+    .block_meta_update = cpu::block_meta_update_portable,
+    .block_score = cpu::block_score_portable,
+    .block_topk = cpu::block_topk_portable,
     .gated = cpu::gated_portable,
     .gated_quantize = cpu::gated_quantize_portable,
     .softcap = cpu::softcap_portable,
@@ -62,6 +66,10 @@ constexpr cpu::Kernels avx2() {
   k.sample = cpu::sample_avx2;
   k.logprobs = cpu::logprobs_avx2;
   k.attention = cpu::attention_avx2;
+  k.kept_mass = cpu::kept_mass_avx2;
+  k.block_meta_update = cpu::block_meta_update_avx2;
+  k.block_score = cpu::block_score_avx2;
+  k.block_topk = cpu::block_topk_avx2;
   k.linear = cpu::linear_avx2;
   k.expert_linear = cpu::expert_linear_avx2;
   k.quantize = cpu::quantize_avx2;
@@ -90,6 +98,10 @@ constexpr cpu::Kernels avx512() {
   k.sample = cpu::sample_avx512;
   k.logprobs = cpu::logprobs_avx512;
   k.attention = cpu::attention_avx512;
+  k.kept_mass = cpu::kept_mass_avx512;
+  k.block_meta_update = cpu::block_meta_update_avx512;
+  k.block_score = cpu::block_score_avx512;
+  k.block_topk = cpu::block_topk_avx512;
   k.linear = cpu::linear_avx512;
   k.expert_linear = cpu::expert_linear_avx512;
   k.quantize = cpu::quantize_avx512;
@@ -237,6 +249,10 @@ OP(add_rmsnorm_quantize, AddRmsnormQuantizeArgs)
 OP(rope_table, RopeTableArgs)
 OP(rope_kv_write, RopeKvWriteArgs)
 OP(attention, AttentionArgs)
+OP(kept_mass, KeptMassArgs)
+OP(block_meta_update, BlockMetaUpdateArgs)
+OP(block_score, BlockScoreArgs)
+OP(block_topk, BlockTopkArgs)
 OP(gated, GatedArgs)
 OP(gated_quantize, GatedQuantizeArgs)
 OP(softcap, SoftcapArgs)

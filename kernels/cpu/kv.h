@@ -1,5 +1,6 @@
 // The KV cache: [N blocks, 2, G KV heads] planes of S tokens, first of K, then of V. A plane of K is [D, S], so that a query meets
 // a vector of tokens, of V [S, D]. Elements are fp32, bf16, or int8 with a scale for each token in fp32, [S] behind the elements.
+// A unit is what block-sparse decode selects by, a part of a block: see kernels/selection.py.
 // Header-only and static, as math.h is.
 #pragma once
 #include <cmath>
@@ -26,6 +27,8 @@ struct Kv {
 
   const uint8_t* scales(const uint8_t* plane) const { return plane + S * D * int64_t(sizeof(Element)); }
 };
+
+constexpr int64_t unit_tokens(int64_t S) { return S % 16 ? S : 16; }
 
 inline float from_element(float x) { return x; }
 inline float from_element(uint16_t x) { return float_of(uint32_t(x) << 16); }

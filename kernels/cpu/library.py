@@ -11,7 +11,7 @@ import numpy as np
 
 from vivace.kernels.quantized import Quantized
 
-ABI = 6
+ABI = 7
 PATH = Path(__file__).parents[1] / "libvivace_cpu.so"
 
 Array = np.ndarray[Any, Any]

@@ -111,10 +111,46 @@ struct AttentionArgs {
   const int32_t* query_starts;  // [B + 1]
   const int32_t* context_lens;  // [B]
   const float* sinks;           // [H] or null
+  const int32_t* selected;      // [B, G, X * Z] or null, units: kv.h
+  const int32_t* num_selected;  // [B, G], with `selected`; -1: all
   int64_t T, H, G, S, D, B, X;
   int64_t window;  // 0: none
   int64_t kv_type;
   float scale, softcap;  // softcap 0: none
+};
+struct KeptMassArgs {
+  float* mass;              // [B, 2]
+  const int32_t* measured;  // [B]
+  const float* before;      // [B, 2] or null
+  AttentionArgs of;         // its out, T, sinks and window are not used
+};
+struct BlockMetaUpdateArgs {
+  uint16_t* meta;        // bf16 [N * Z, G, 2, D]
+  const void* kv_cache;  // kv.h
+  const int32_t* units;  // [count]
+  int64_t count, G, S, D;
+  int64_t kv_type;
+};
+struct BlockScoreArgs {
+  float* scores;                // [B, G, X * Z]
+  const float* q;               // [T, H, D]
+  const uint16_t* meta;         // bf16 [N * Z, G, 2, D]
+  const int32_t* block_tables;  // [B, X]
+  const int32_t* query_starts;  // [B + 1]
+  const int32_t* context_lens;  // [B]
+  const int32_t* budgets;       // [B]
+  const int32_t* dense_layers;  // [B]
+  int64_t H, G, S, D, B, X, layer;
+  float scale;
+};
+struct BlockTopkArgs {
+  int32_t* selected;            // [B, G, X * Z]
+  int32_t* num_selected;        // [B, G]
+  const float* scores;          // [B, G, X * Z]
+  const int32_t* context_lens;  // [B]
+  const int32_t* budgets;       // [B]
+  const int32_t* dense_layers;  // [B]
+  int64_t G, S, B, X, layer;
 };
 struct GatedArgs {
   float* out;            // [T, F]
@@ -251,6 +287,10 @@ struct Kernels {
   void (*rope_table)(Pool&, const RopeTableArgs&);
   void (*rope_kv_write)(Pool&, const RopeKvWriteArgs&);
   void (*attention)(Pool&, const AttentionArgs&);
+  void (*kept_mass)(Pool&, const KeptMassArgs&);
+  void (*block_meta_update)(Pool&, const BlockMetaUpdateArgs&);
+  void (*block_score)(Pool&, const BlockScoreArgs&);
+  void (*block_topk)(Pool&, const BlockTopkArgs&);
   void (*gated)(Pool&, const GatedArgs&);
   void (*gated_quantize)(Pool&, const GatedQuantizeArgs&);
   void (*softcap)(Pool&, const SoftcapArgs&);
@@ -306,6 +346,18 @@ void rope_kv_write_avx512(Pool&, const RopeKvWriteArgs&);
 void attention_portable(Pool&, const AttentionArgs&);
 void attention_avx2(Pool&, const AttentionArgs&);
 void attention_avx512(Pool&, const AttentionArgs&);
+void kept_mass_portable(Pool&, const KeptMassArgs&);
+void kept_mass_avx2(Pool&, const KeptMassArgs&);
+void kept_mass_avx512(Pool&, const KeptMassArgs&);
+void block_meta_update_portable(Pool&, const BlockMetaUpdateArgs&);
+void block_meta_update_avx2(Pool&, const BlockMetaUpdateArgs&);
+void block_meta_update_avx512(Pool&, const BlockMetaUpdateArgs&);
+void block_score_portable(Pool&, const BlockScoreArgs&);
+void block_score_avx2(Pool&, const BlockScoreArgs&);
+void block_score_avx512(Pool&, const BlockScoreArgs&);
+void block_topk_portable(Pool&, const BlockTopkArgs&);
+void block_topk_avx2(Pool&, const BlockTopkArgs&);
+void block_topk_avx512(Pool&, const BlockTopkArgs&);
 void gated_portable(Pool&, const GatedArgs&);
 void gated_avx2(Pool&, const GatedArgs&);
 void gated_avx512(Pool&, const GatedArgs&);

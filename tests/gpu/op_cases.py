@@ -80,7 +80,19 @@ def outputs(case: OpCase, ops: Ops) -> list[Array]:
         ops.kv_read(k, v, cache, memory.upload(written.slots_T))
         return [np.array(memory.read(x)) for x in (outs[0], k, v)]
     getattr(ops, case.op)(*outs, *ins, **case.attrs)
-    return [np.array(memory.read(out)) for out in outs]
+    found = [_host(memory.read(out)) for out in outs]
+    if case.op == "block_topk":  # what lies behind a list is not written
+        selected, counts = found
+        places = np.arange(selected[0, 0].size).reshape(selected.shape[2:])
+        found[0] = np.where(places < counts[:, :, None, None], selected, 0)
+    return found
+
+
+def _host(array: Array) -> Array:
+    """A copy; of bf16, which is there as its bits, in fp32."""
+    if array.dtype != np.uint16:
+        return np.array(array)
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def in_bf16(case: OpCase) -> OpCase | None:
@@ -139,6 +151,7 @@ def op_cases() -> Iterator[OpCase]:
     yield from _rope_cases(rng)
     for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128), (4, 1, 256)):
         yield from _attention_cases(rng, H, G, D)
+        yield from _sparse_cases(rng, H, G, D)
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
         yield from _expert_cases(rng, T, E, K)
@@ -212,6 +225,49 @@ def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterat
     for window in (1, 100, 256):
         more: Attrs = attrs | {"window": window, "softcap": 5.0}
         yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more)
+
+
+def _sparse_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
+    """One row each of four requests, of which two are sparse, one in its dense layers and one within its budget."""
+    S, contexts, budgets = 32, (900, 415, 600, 250), (20, 8, 9, 16)
+    U, Z, X = 16, 2, 29
+    tables = rng.permutation(4 * X).reshape(4, X).astype(np.int32)
+    slots = (tables[:, :, None] * S + np.arange(S, dtype=np.int32)).ravel()
+    cache = Cache(4 * X, S, _normal(rng, 4 * X * S, G, D), _normal(rng, 4 * X * S, G, D), slots)
+    starts, lens = np.arange(5, dtype=np.int32), np.array(contexts, np.int32)
+    sparse = (lens, np.array(budgets, np.int32), np.array([0, 0, 3, 0], np.int32))
+    attrs: Attrs = {"layer": 2, "block_tokens": S}
+    at, lists = f"{H}/{G}x{D}", (4, G, X, Z)
+    meta = _normal(rng, 4 * X * Z, G, 2, D)
+    meta[:, :, 1] = np.abs(meta[:, :, 1])
+    bits = (meta.view(np.uint32) >> 16).astype(np.uint16)
+    q = _normal(rng, 4, H, D)
+    scored: Attrs = attrs | {"scale": D**-0.5}
+    first = slice(0, 2)  # the sparse ones: of others, scores are not written
+    out = (((2, G, X, Z), FP32),)
+    ins = (q[first], bits, tables[first], starts[:3], *(one[first] for one in sparse))
+    yield OpCase(f"block_score {at}", "block_score", out, ins, scored)
+    scores = rng.choice(np.array([0, 1, 2, -np.inf], np.float32), lists)
+    lists_and_counts = ((lists, INT32), ((4, G), INT32))
+    yield OpCase(f"block_topk {at}", "block_topk", lists_and_counts, (scores, *sparse), attrs, 0.0)
+    units, metas = rng.permutation(4 * X * Z).astype(np.int32), ((meta.shape, DType.BF16),)
+    of_units: Attrs = {"block_tokens": S}
+    name = f"block_meta_update {at}"
+    yield OpCase(name, "block_meta_update", metas, (cache, units), of_units, 2**-8)
+    counts = np.array([-(-n // U) for n in contexts])
+    selected, num_selected = np.zeros((4, G, X * Z), np.int32), np.full((4, G), -1, np.int32)
+    for b in (0, 1):
+        for g in range(G):
+            some = rng.permutation(counts[b] - 1)[: budgets[b] - 1]
+            selected[b, g, : budgets[b]] = [*np.sort(some), counts[b] - 1]
+            num_selected[b, g] = budgets[b]
+    into = (q, cache, tables, starts, lens)
+    selection = (selected.reshape(lists), num_selected)
+    heads: Attrs = {"num_kv_heads": G, "scale": D**-0.5}
+    rows = (((4, H, D), FP32),)
+    yield OpCase(f"attention+selection {at}", "attention", rows, (*into, None, *selection), heads)
+    more = (*into, *selection, np.array([1, 0, 1, 1], np.int32), _normal(rng, 4, 2))
+    yield OpCase(f"kept_mass {at}", "kept_mass", (((4, 2), FP32),), more, heads)
 
 
 def _route_cases(rng: np.random.Generator, T: int, E: int, K: int) -> Iterator[OpCase]:

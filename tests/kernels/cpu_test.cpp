@@ -33,9 +33,9 @@ int64_t vivace_packed_int4_bytes(int64_t N, int64_t K, int64_t group);
 int32_t vivace_round_int8(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t first, int64_t count);
 int32_t vivace_round_int4(uint8_t* out, const float* w, int64_t N, int64_t K, int64_t group, int64_t first, int64_t count);
 #define OP(name) void vivace_##name(void* context, const void* args);
-OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(gated) OP(softcap)
+OP(linear) OP(embed) OP(rmsnorm) OP(add_rmsnorm) OP(rope_table) OP(rope_kv_write) OP(attention) OP(kept_mass) OP(gated) OP(softcap)
 OP(rmsnorm_quantize) OP(add_rmsnorm_quantize) OP(gated_quantize) OP(quantize) OP(linear_int8) OP(linear_int4) OP(embed_int8)
-OP(expert_linear_int8) OP(expert_linear_int4)
+OP(expert_linear_int8) OP(expert_linear_int4) OP(block_meta_update) OP(block_score) OP(block_topk)
 OP(add) OP(moe_route) OP(expert_linear) OP(moe_combine) OP(take_rows) OP(sample) OP(logprobs) OP(kv_read)
 #undef OP
 }
@@ -150,6 +150,7 @@ struct Buffers {
   std::deque<Ints> ints;
   std::deque<std::vector<int64_t>> longs;
   std::deque<std::vector<uint8_t>> raw;
+  std::deque<std::vector<uint16_t>> shorts;
   std::vector<uint8_t>& u(int64_t count) { return raw.emplace_back(size_t(count), uint8_t(0)); }
   Floats& f(int64_t count) { return floats.emplace_back(random(count)); }
   Ints& i(Ints values) { return ints.emplace_back(std::move(values)); }
@@ -302,7 +303,33 @@ std::vector<Case> cases(Buffers& b, const Sizes& sizes, int64_t T) {
     for (int64_t window : {0, 5})
       add("attention", vivace_attention,
           cpu::AttentionArgs{heads.data(), q.data(), cache.data(), blocks.data(), start.data(), len.data(), sinks.data(),
-                             T, H, G, S, D, num_requests, X, window, kv_type, 0.2f, window ? 30.0f : 0.0f}, heads);
+                             nullptr, nullptr, T, H, G, S, D, num_requests, X, window, kv_type, 0.2f,
+                             window ? 30.0f : 0.0f}, heads);
+  }
+
+  // Of each request the row that is its last; those that are long enough are sparse.
+  const int64_t B = num_requests, Z = S % 16 ? 1 : S / 16;
+  for (int64_t kv_type : {0, 1, 2}) {
+    const int64_t head_bytes = kv_type == 0 ? 4 * D : kv_type == 1 ? 2 * D : D + 4;
+    std::vector<uint8_t>& cache = b.u(kBlocks * 2 * G * S * head_bytes);
+    auto &meta = b.shorts.emplace_back(size_t(kBlocks * Z * G * 2 * D), uint16_t(0));
+    Ints &units = b.i(kBlocks * Z, kBlocks * Z), &ends = b.i(B + 1, B + 2), &budgets = b.i(Ints(size_t(B), 8));
+    Ints &selected = b.i(B * G * X * Z, 1), &counts = b.i(B * G, 1), &none = b.i(B, 1), &all = b.i(Ints(size_t(B), 1));
+    for (size_t i = 0; i < ends.size(); ++i) ends[i] = int32_t(i);
+    if (!units.empty()) units[0] = -1;
+    Floats &unit_scores = b.f(B * G * X * Z), &mass = b.f(B * 2), &before = b.f(B * 2);
+    add("block_meta_update", vivace_block_meta_update,
+        cpu::BlockMetaUpdateArgs{meta.data(), cache.data(), units.data(), kBlocks * Z, G, S, D, kv_type}, meta);
+    add("block_score", vivace_block_score,
+        cpu::BlockScoreArgs{unit_scores.data(), q.data(), meta.data(), blocks.data(), ends.data(), len.data(),
+                            budgets.data(), none.data(), H, G, S, D, B, X, 0, 0.2f}, unit_scores);
+    add("block_topk", vivace_block_topk,
+        cpu::BlockTopkArgs{selected.data(), counts.data(), unit_scores.data(), len.data(), budgets.data(), none.data(), G, S,
+                           B, X, 0}, selected, counts);
+    const cpu::AttentionArgs args{heads.data(), q.data(), cache.data(), blocks.data(), ends.data(), len.data(), sinks.data(),
+                                  selected.data(), counts.data(), B, H, G, S, D, B, X, 0, kv_type, 0.2f, 0};
+    add("attention", vivace_attention, args, heads);
+    add("kept_mass", vivace_kept_mass, cpu::KeptMassArgs{mass.data(), all.data(), before.data(), args}, mass);
   }
 
   T = rows_of_logits;

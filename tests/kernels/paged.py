@@ -87,8 +87,8 @@ class Paged:
         ops.attention(result, upload(np.ascontiguousarray(q)), self.cache, *arrays, **attrs)
         return ops.memory.read(result).copy()
 
-    def want(self, q, counts, sinks=None, window=0, softcap=0.0):
-        """The same in fp64, head by head."""
+    def want(self, q, counts, sinks=None, window=0, softcap=0.0, kept=None):
+        """The same in fp64, head by head. `kept[b][g]`: the positions that are selected."""
         H, rows, t = q.shape[1], [], 0
         for b, count in enumerate(counts):
             for i in range(count):
@@ -97,15 +97,16 @@ class Paged:
                 heads = []
                 for h in range(H):
                     g = h // (H // self.G)
-                    k = self.k[b][begin:end, g].astype(np.float64)
+                    seen = np.arange(begin, end) if kept is None else kept[b][g]
+                    k = self.k[b][seen, g].astype(np.float64)
                     scores = k @ q[t, h].astype(np.float64) * self.D**-0.5
                     if softcap:
                         scores = softcap * np.tanh(scores / softcap)
                     if sinks is not None:
                         scores = np.append(scores, np.float64(sinks[h]))
                     p = np.exp(scores - scores.max())
-                    p = (p / p.sum())[: end - begin]
-                    heads.append(p @ self.v[b][begin:end, g].astype(np.float64))
+                    p = (p / p.sum())[: len(seen)]
+                    heads.append(p @ self.v[b][seen, g].astype(np.float64))
                 rows.append(heads)
                 t += 1
         return np.array(rows).reshape(q.shape)

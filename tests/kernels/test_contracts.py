@@ -33,6 +33,14 @@ SAMPLE = (i(2), f(2, 5), f(2, 5), f(2), i(2), f(2), f(2), np.zeros(2, np.int64),
 NO_PENALTY = (f(2), f(2), f(2), i(3), i(0), i(0))
 EPS = {"eps": 1e-6}
 NO_BIAS = (i(3), i(0), f(0))
+META = np.zeros((4, 2, 2, 8), np.uint16)  # of the cache's blocks
+REQUESTS = (i(1, 2), i(2), i(1), i(1), i(1))
+UNIT_SCORES = (f(1, 2, 2, 1), f(3, 4, 8), META, *REQUESTS)
+IN_LAYER = {"layer": 0, "block_tokens": 16}
+SCORING = IN_LAYER | {"scale": 1.0}
+CHOICE = (i(1, 2, 2, 1), i(1, 2), f(1, 2, 2, 1), i(1), i(1), i(1))
+SELECTION = (i(1, 2, 2, 1), i(1, 2))
+KEPT = (f(1, 2), *ATTENTION[1:], *SELECTION, i(1))
 REFUSED = [
     ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
     ("linear", (f(2, 5), f(2, 4), f(5, 4), i(5)), {}, "bias must hold float32"),
@@ -64,6 +72,26 @@ REFUSED = [
     ("attention", (*ATTENTION, i(4)), HEADS, "sinks must hold float32"),
     ("attention", ATTENTION, HEADS | {"window": -1}, "window must be at least 0, got -1"),
     ("attention", ATTENTION, HEADS | {"softcap": -2.0}, "softcap must be at least 0, got -2.0"),
+    ("attention", (*ATTENTION, None, SELECTION[0]), HEADS, "selected and num_selected are given together"),
+    ("attention", (*ATTENTION, None, i(1, 1, 2, 1), i(1, 2)), HEADS, r"selected must be \[1, 2, 2, any\]"),
+    ("attention", (*ATTENTION, None, SELECTION[0], i(2, 2)), HEADS, r"num_selected must be \[1, 2\], got \[2, 2\]"),
+    ("attention", (*ATTENTION, None, f(1, 2, 2, 1), i(1, 2)), HEADS, "selected must hold int32"),
+    ("attention", (*ATTENTION, None, *SELECTION), HEADS | {"window": 5}, "window must be 0 with a selection, got 5"),
+    ("block_meta_update", (META[:3], CACHE, i(1)), {"block_tokens": 16}, "meta must have 4 units, of 4 blocks, got 3"),
+    ("block_meta_update", (META, CACHE, f(1)), {"block_tokens": 16}, "units must hold int32"),
+    ("block_meta_update", (f(4, 2, 2, 8), CACHE, i(1)), {"block_tokens": 16}, "meta must hold bfloat16"),
+    ("block_meta_update", (META, CACHE, i(1)), {"block_tokens": 8}, r"block_tokens \(8\) does not fit"),
+    ("block_score", (f(1, 2, 2, 2), *UNIT_SCORES[1:]), SCORING, r"scores must be \[1, 2, 2, 1\]"),
+    ("block_score", (UNIT_SCORES[0], f(3, 3, 8), *UNIT_SCORES[2:]), SCORING, "2 KV heads of meta must divide 3"),
+    ("block_score", (*UNIT_SCORES[:6], i(2), i(1)), SCORING, r"budgets must be \[1\], got \[2\]"),
+    ("block_score", UNIT_SCORES, SCORING | {"layer": -1}, "layer must be at least 0, got -1"),
+    ("block_topk", (*CHOICE[:2], f(1, 2, 2, 2), *CHOICE[3:]), IN_LAYER, r"scores must be \[any, any, any, 1\]"),
+    ("block_topk", (CHOICE[0], i(1, 3), *CHOICE[2:]), IN_LAYER, r"num_selected must be \[1, 2\], got \[1, 3\]"),
+    ("block_topk", (*CHOICE[:5], f(1)), IN_LAYER, "dense_layers must hold int32"),
+    ("kept_mass", (f(1, 3), *KEPT[1:]), HEADS, r"mass must be \[1, 2\], got \[1, 3\]"),
+    ("kept_mass", (*KEPT[:-1], f(1)), HEADS, "measured must hold int32"),
+    ("kept_mass", (*KEPT, f(2, 2)), HEADS, r"before must be \[1, 2\], got \[2, 2\]"),
+    ("kept_mass", KEPT, HEADS | {"softcap": -1.0}, "softcap must be at least 0, got -1.0"),
     ("gated", (f(4), f(8)), {}, r"out must have at least two dimensions, got \[4\]"),
     ("gated", (f(2, 3, 4), f(2, 4, 8)), {}, r"gate_up must be \[2, 3, 8\], got \[2, 4, 8\]"),
     ("gated", (f(2, 4), f(2, 8)), {"activation": "relu"}, "one of silu, gelu, .*got 'relu'"),

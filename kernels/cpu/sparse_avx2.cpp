@@ -1,0 +1,2 @@
+#define VIVACE_ISA(op) op##_avx2
+#include "sparse.h"

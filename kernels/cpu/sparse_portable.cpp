@@ -1,0 +1,2 @@
+#define VIVACE_ISA(op) op##_portable
+#include "sparse.h"
