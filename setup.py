@@ -61,6 +61,7 @@ setup(
     package_data={
         "vivace": ["py.typed"],
         "vivace.engine.models": ["architectures/*.toml", "*.toml"],
+        "vivace.kernels": ["tuned/*.json"],
         "vivace.serving.protos.vivace.v1": ["*.proto", "*.pyi"],
     },
     ext_modules=[Extension("vivace.kernels.vivace_cpu", sources=[])],

@@ -12,6 +12,7 @@ from typing import Any
 from vivace.engine.config import CacheConfig, Config, SchedulerConfig
 from vivace.engine.errors import ConfigError
 from vivace.engine.models.decoder import emit
+from vivace.engine.models.fuse import fuse
 from vivace.engine.models.hf_config import spec_of
 from vivace.engine.models.json_fields import Fields, read_fields
 from vivace.engine.models.spec import ModelSpec
@@ -45,7 +46,7 @@ class Model:
         program = emit(spec, DType(self.config.cache.dtype.value))
         if self.is_bf16:
             program = in_bf16(program, lambda value: True)
-        return bind_dry(self.config, spec, program, ops)
+        return bind_dry(self.config, spec, fuse(program), ops)
 
     def run(self, ops: Ops) -> None:
         """Meet every kernel that serving it can."""
@@ -116,7 +117,7 @@ def check(models: list[Model], target: str) -> int:
         judgement, _ = compiled(models, target, Path(folder))
     for variant, problems in judgement.items():
         if problems:
-            print(f"{variant} {' '.join(variant.arguments)}: {'; '.join(problems)}")
+            print(f"{variant}: {'; '.join(problems)}")
     num_wrong = sum(map(bool, judgement.values()))
     print(f"{target}: {len(judgement)} variants, {num_wrong} not as they must be")
     return int(num_wrong > 0)

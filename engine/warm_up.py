@@ -16,7 +16,7 @@ from vivace.engine.config import Config
 from vivace.engine.events import Sampling
 from vivace.engine.models.program import Kind, Program, Sizes, Symbol, sized, values_of
 from vivace.engine.models.spec import ModelSpec
-from vivace.engine.plan import Machine, make_plan
+from vivace.engine.plan import Machine, Plan, make_plan
 from vivace.engine.request import Array, Request
 from vivace.engine.runner import Runner
 from vivace.engine.sampler import Sampler
@@ -31,17 +31,17 @@ WEIGHTS = {DType.FP32: np.float32, DType.BF16: np.uint16}  # as checkpoints are 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What runs steps, at most so large, and what draws from their logits."""
+    """What runs a plan's steps, and what draws from their logits."""
 
+    plan: Plan
     runner: Runner
     sampler: Sampler
-    most: Sizes
     block_tokens: int
 
 
 def warm_up(bound: Bound) -> None:
     """Run each step, then draw from many rows and from few. Writes to the first block of the cache."""
-    most = bound.most
+    most = bound.plan.most
     for query_lens in _steps(most):
         for columns in (-(-max(query_lens) // bound.block_tokens), most[Symbol.X]):
             bound.runner.step(step_inputs(query_lens, columns, len(query_lens)))
@@ -64,12 +64,12 @@ def bind_dry(config: Config, spec: ModelSpec, program: Program, ops: Ops) -> Bou
     runner = Runner(
         program, ops, weights, most=plan.most, num_blocks=num_blocks, block_tokens=block_tokens
     )
-    return Bound(runner, Sampler(ops, plan.max_rows, spec.vocab_size), plan.most, block_tokens)
+    return Bound(plan, runner, Sampler(ops, plan.max_rows, spec.vocab_size), block_tokens)
 
 
 def one_of_each(spec: ModelSpec) -> ModelSpec:
-    """The model with one layer of each kind: all that its kernels depend on."""
-    return replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    """The model with one layer of each kind, and its last, which computes fewer rows: all that its kernels depend on."""
+    return replace(spec, layers=(*dict.fromkeys(spec.layers), spec.layers[-1]))
 
 
 def ladder(most: int) -> list[int]:

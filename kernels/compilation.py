@@ -18,9 +18,8 @@ class Variant:
 
     def __str__(self) -> str:
         constexprs = " ".join(f"{name}={value}" for name, value in self.constexprs)
-        return (
-            f"{self.op}.{self.kernel} {constexprs} warps={self.num_warps} stages={self.num_stages}"
-        )
+        options = f"warps={self.num_warps} stages={self.num_stages}"
+        return f"{self.op}.{self.kernel} {constexprs} {options} ({', '.join(self.arguments)})"
 
 
 class CompiledAfterReady(RuntimeError):

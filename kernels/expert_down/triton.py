@@ -3,8 +3,10 @@
 import torch
 
 from vivace.kernels.expert_down import Run
-from vivace.kernels.expert_linear.triton import project
+from vivace.kernels.expert_linear.triton import CANDIDATES, project
 from vivace.kernels.gpu.launcher import Launcher
+
+__all__ = ["CANDIDATES", "bind"]
 
 
 def bind(launcher: Launcher) -> Run:

@@ -18,10 +18,26 @@ CONFIGS = {  # by rows of a tile; BLOCK_N columns of gate, and as many of up
     64: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4),
     128: Config({"BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 }
+CANDIDATES = {
+    bucket: tuple(
+        Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for n, k, warps, stages in found
+    )
+    for bucket, found in {
+        "m1": [(16, 128, 4, 5), (16, 256, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 64, 4, 5)],
+        "m16": [(16, 128, 4, 5), (32, 64, 4, 6), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3)],
+        "m64": [(32, 64, 4, 4), (64, 64, 8, 4), (128, 64, 8, 3), (64, 128, 8, 2)],
+        "m128": [(64, 64, 8, 4), (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 4)],
+    }.items()
+}
+EXPECT = {
+    "sm_80": {"_expert_gated": ("16-byte loads",)},
+    "sm_90": {"_expert_gated": ("16-byte loads",)},
+}
 
 
 @triton.jit
-def _kernel(
+def _expert_gated(
     out_ptr,  # fp32 [T, K, F], out
     x_ptr,  # fp32 [T, M]
     experts_ptr,  # int32 [T, K]
@@ -100,6 +116,6 @@ def bind(launcher: Launcher) -> Run:
         args = (out_TKF, x_TM, experts_TK, order_TK, tiles_TK3, gate_up_ENM, bias_EN, alpha, limit)
         num_blocks = triton.cdiv(F, config.tiles["BLOCK_N"])
         grid = (max_tiles(experts_TK.numel(), E) * num_blocks,)
-        launcher.launch(_kernel, grid, args, constexprs, config)
+        launcher.launch(_expert_gated, grid, args, constexprs, config)
 
     return run

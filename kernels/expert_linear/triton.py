@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vivace.kernels.expert_linear import Run
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.linear.triton import cast, widen
 from vivace.kernels.moe_assign import max_tiles, tile_rows
 
 MIN_ROWS = 16  # of tl.dot
@@ -20,6 +21,28 @@ CONFIGS = {  # by rows of a tile
     16: Config({"BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=4),
     64: Config({"BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=4),
     128: Config({"BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
+}
+CANDIDATES = {
+    bucket: tuple(
+        Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for n, k, warps, stages in found
+    )
+    for bucket, found in {
+        "m1": [(16, 128, 4, 5), (16, 256, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 64, 4, 5)],
+        "m16": [
+            (32, 128, 4, 4),
+            (64, 64, 4, 6),
+            (64, 256, 4, 3),
+            (128, 64, 4, 4),
+            (128, 128, 8, 3),
+        ],
+        "m64": [(64, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 2)],
+        "m128": [(128, 64, 8, 4), (256, 64, 8, 2), (256, 64, 8, 3), (64, 64, 4, 4)],
+    }.items()
+}
+EXPECT = {
+    "sm_80": {"_expert_linear": ("16-byte loads",)},
+    "sm_90": {"_expert_linear": ("16-byte loads",)},
 }
 
 
@@ -61,14 +84,14 @@ def slots_of(
 def product(x, w_ptrs, acc, is_w, UPCAST: tl.constexpr):
     """acc + x w of one step of k; x is rounded to the weight's type."""
     w = tl.load(w_ptrs, mask=is_w, other=0)
-    x = x.to(w.dtype)
+    x = cast(x, w.dtype, UPCAST)
     if UPCAST:
-        x, w = x.to(tl.float32), w.to(tl.float32)
+        x, w = widen(x, UPCAST), widen(w, UPCAST)
     return tl.dot(x, w, acc, input_precision="ieee")
 
 
 @triton.jit
-def _kernel(
+def _expert_linear(
     out_ptr,  # fp32 [T, K, N], out
     x_ptr,  # fp32 [T, I], or [T, K, I] where SHARED is 1
     experts_ptr,  # int32 [T, K]
@@ -113,8 +136,8 @@ def config_of(
     bucket, found = f"m{rows}", configs[rows]
     if weight.dtype == torch.float32:
         bucket = f"fp32-{bucket}"
-        tiles = {"BLOCK_N": max(16, found.tiles["BLOCK_N"] // 2), "BLOCK_K": 32}
-        found = Config(tiles, num_warps=8, num_stages=2)
+        tiles = {"BLOCK_N": max(16, found.tiles["BLOCK_N"] // 4), "BLOCK_K": 32}
+        found = Config(tiles, num_warps=4, num_stages=2)
     found = launcher.config(op, bucket, found)
     return Config(
         {**found.tiles, "BLOCK_M": max(rows, MIN_ROWS)}, found.num_warps, found.num_stages
@@ -144,7 +167,7 @@ def project(
         "UPCAST": launcher.upcast,
     }
     grid = (num_tiles * triton.cdiv(N, config.tiles["BLOCK_N"]),)
-    launcher.launch(_kernel, grid, (*tensors, bias_EN), constexprs, config)
+    launcher.launch(_expert_linear, grid, (*tensors, bias_EN), constexprs, config)
 
 
 def bind(launcher: Launcher) -> Run:

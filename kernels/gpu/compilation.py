@@ -103,7 +103,7 @@ class Watch:
             self.num_compiled += 1
             options = metadata["num_warps"], metadata["num_stages"]
             variant = _variant(src.fn, src.signature, src.constants, src.attrs, *options)
-            self.late(f"compiled {variant} for {' '.join(variant.arguments)}")
+            self.late(f"compiled {variant}")
 
 
 def _variant(

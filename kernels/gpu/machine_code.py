@@ -65,7 +65,7 @@ def problems(code: MachineCode, target: Target, meant: Sequence[str]) -> list[st
     spills = {name: count for name, count in code.counts.items() if name not in MEANT and count}
     if code.stack_bytes or spills:
         found.append(f"spills: {code.stack_bytes} bytes of stack, {spills}")
-    if code.shared_bytes > target.max_shared_bytes:
+    if target.max_shared_bytes is not None and code.shared_bytes > target.max_shared_bytes:
         found.append(f"{code.shared_bytes} bytes shared of {target.max_shared_bytes}")
     if target.triton.backend == "cuda":
         in_all = code.num_threads * -(-code.registers // GRAIN) * GRAIN

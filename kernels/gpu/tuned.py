@@ -26,9 +26,9 @@ class Config:
 Configs = Mapping[str, Mapping[str, Config]]  # by op, then by bucket of shapes
 
 
-def file_of(device: str, folder: Path = FOLDER) -> Path:
-    """The file of a device, by the name that its driver gives it."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+def file_of(device: str, folder: Path | None = None) -> Path:
+    """The file of a device, by the name that its driver gives it, in FOLDER if no other is named."""
+    return (folder or FOLDER) / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
 def minor(version: str) -> str:
@@ -36,7 +36,7 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def read(device: str, version: str, folder: Path = FOLDER) -> Configs:
+def read(device: str, version: str, folder: Path | None = None) -> Configs:
     """What was measured on this device with this Triton; nothing, with a log line, if it was with another."""
     path = file_of(device, folder)
     if not path.is_file():
@@ -56,7 +56,7 @@ def read(device: str, version: str, folder: Path = FOLDER) -> Configs:
     }
 
 
-def write(device: str, version: str, configs: Configs, folder: Path = FOLDER) -> Path:
+def write(device: str, version: str, configs: Configs, folder: Path | None = None) -> Path:
     """Keep what was measured; what the file has of other ops stays if it is of the same Triton."""
     kept = {op: dict(buckets) for op, buckets in read(device, version, folder).items()}
     for op, buckets in configs.items():
@@ -67,5 +67,6 @@ def write(device: str, version: str, configs: Configs, folder: Path = FOLDER) ->
     }
     path = file_of(device, folder)
     text = json.dumps({"device": device, "triton": version, "configs": entries}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     return path

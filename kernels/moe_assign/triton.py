@@ -32,13 +32,13 @@ def _store_tiles(
     tl.store(tiles_ptr + 3 * at + 2, end, mask=is_in)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "rows"])
 def _paired(
     order_ptr,  # int32 [n], out
     tiles_ptr,  # int32 [n, 3], out
     experts_ptr,  # int32 [n]
     n,
-    ROWS: tl.constexpr,
+    rows,  # of a tile, at most
     BLOCK: tl.constexpr,
 ):
     slot = tl.arange(0, BLOCK)
@@ -50,23 +50,23 @@ def _paired(
     place = tl.sum(is_before.to(tl.int32), 1)
     rank = tl.sum(is_earlier.to(tl.int32), 1)
     left = tl.sum(is_same.to(tl.int32), 1) - rank
-    is_first = is_slot & (rank % ROWS == 0)
+    is_first = is_slot & (rank % rows == 0)
     tile = tl.sum((is_before & is_first[None, :]).to(tl.int32), 1)
     tl.store(order_ptr + place, slot, mask=is_slot)
-    _store_tiles(tiles_ptr, tile, expert, place, place + tl.minimum(left, ROWS), is_first)
+    _store_tiles(tiles_ptr, tile, expert, place, place + tl.minimum(left, rows), is_first)
     num_tiles = tl.sum(is_first.to(tl.int32), 0)
     _store_tiles(tiles_ptr, slot, -1, 0, 0, is_slot & (slot >= num_tiles))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "rows"])
 def _counted(
     order_ptr,  # int32 [n], out
     tiles_ptr,  # int32 [n, 3], out
     experts_ptr,  # int32 [n]
     n,
+    rows,  # of a tile, at most
     E: tl.constexpr,
     BINS: tl.constexpr,  # power of two, E or more
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     mine = tl.program_id(0)
@@ -77,7 +77,7 @@ def _counted(
         expert = tl.load(experts_ptr + start + lane, mask=is_slot, other=0)
         counts += tl.histogram(expert, BINS, mask=is_slot)
     bins = tl.arange(0, BINS)
-    num_tiles = (counts + ROWS - 1) // ROWS
+    num_tiles = (counts + rows - 1) // rows
     begin = tl.sum(tl.where(bins < mine, counts, 0), 0)
     end = begin + tl.sum(tl.where(bins == mine, counts, 0), 0)
     first_tile = tl.sum(tl.where(bins < mine, num_tiles, 0), 0)
@@ -92,10 +92,10 @@ def _counted(
         rank = tl.cumsum(is_mine.to(tl.int32), 0) - 1
         tl.store(order_ptr + place + rank, slot, mask=is_mine)
         place += tl.sum(is_mine.to(tl.int32), 0)
-    for start in range(begin, end, BLOCK * ROWS):
-        at = start + lane * ROWS
-        tile = first_tile + (at - begin) // ROWS
-        _store_tiles(tiles_ptr, tile, mine, at, tl.minimum(at + ROWS, end), at < end)
+    for start in range(begin, end, BLOCK * rows):
+        at = start + lane * rows
+        tile = first_tile + (at - begin) // rows
+        _store_tiles(tiles_ptr, tile, mine, at, tl.minimum(at + rows, end), at < end)
     for start in range(mine * BLOCK, n, E * BLOCK):
         tile = start + lane
         _store_tiles(tiles_ptr, tile, -1, 0, 0, (tile >= total) & (tile < n))
@@ -113,14 +113,14 @@ def bind(launcher: Launcher) -> Run:
     ) -> None:
         n = experts_TK.numel()
         rows = tile_rows(n, num_experts)
-        args = (order_TK, tiles_TK3, experts_TK, n)
+        args = (order_TK, tiles_TK3, experts_TK, n, rows)
         if n == 0 or rows == 1:
             return
         if n <= MAX_PAIRED:
-            launcher.launch(_paired, (1,), args, {"ROWS": rows, "BLOCK": MAX_PAIRED}, PAIRED)
+            launcher.launch(_paired, (1,), args, {"BLOCK": MAX_PAIRED}, PAIRED)
             return
         bins = triton.next_power_of_2(num_experts)
-        constexprs = {"E": num_experts, "BINS": bins, "ROWS": rows}
+        constexprs = {"E": num_experts, "BINS": bins}
         config = launcher.config("moe_assign", "counted", COUNTED)
         launcher.launch(_counted, (num_experts,), args, constexprs, config)
 

@@ -20,7 +20,7 @@ CANDIDATES = {
 
 
 @triton.jit
-def _kernel(
+def _moe_combine(
     out_ptr,  # fp32 [T, M], out
     y_ptr,  # fp32 [T, K, M]
     weights_ptr,  # fp32 [T, K]
@@ -69,6 +69,6 @@ def bind(launcher: Launcher) -> Run:
             "HAS_GATE": shared_gate_T1 is not None,
         }
         grid = (T * triton.cdiv(M, config.tiles["BLOCK_M"]),)
-        launcher.launch(_kernel, grid, args, constexprs, config)
+        launcher.launch(_moe_combine, grid, args, constexprs, config)
 
     return run

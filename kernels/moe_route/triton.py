@@ -44,6 +44,15 @@ def _scores(wide, IS_SOFTMAX: tl.constexpr):
 
 
 @triton.jit
+def _renormalized(scores, wide, IS_SOFTMAX: tl.constexpr):
+    """Of what is chosen: scores, or of softmax the fp64 logits."""
+    if IS_SOFTMAX:
+        return _scores(wide, IS_SOFTMAX)
+    total = tl.sum(scores, 1)[:, None] + 1e-20
+    return tl.div_rn(scores, tl.broadcast_to(total, scores.shape))
+
+
+@triton.jit
 def _is_in_best_groups(
     ranks,  # fp32 [R, GP * SP]
     keys,  # int64, likewise
@@ -73,7 +82,7 @@ def _is_in_best_groups(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _kernel(
+def _moe_route(
     weights_ptr,  # fp32 [T, K], out
     experts_ptr,  # int32 [T, K], out
     logits_ptr,  # fp32 [T, E]
@@ -128,12 +137,7 @@ def _kernel(
             score = tl.sum(tl.where(is_best, scores, 0.0), 1)[:, None]
             weights = tl.where(k_lane == k, score, weights)
     if RENORMALIZE:
-        if IS_SOFTMAX:
-            weights = _scores(chosen, IS_SOFTMAX)
-        else:
-            weights = tl.div_rn(
-                weights, tl.broadcast_to(tl.sum(weights, 1)[:, None] + 1e-20, weights.shape)
-            )
+        weights = _renormalized(weights, chosen, IS_SOFTMAX)
     is_slot = (row < T)[:, None] & (k_lane < K)
     slot = at * K + k_lane
     tl.store(weights_ptr + slot, weights * scale, mask=is_slot)
@@ -176,7 +180,7 @@ def bind(launcher: Launcher) -> Run:
         }
         args = (weights_TK, experts_TK, logits_TE, loads_E, bias_E, T, scale)
         launcher.launch(
-            _kernel, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config
+            _moe_route, (triton.cdiv(T, config.tiles["BLOCK_T"]),), args, constexprs, config
         )
 
     return run

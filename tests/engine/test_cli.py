@@ -1,6 +1,9 @@
 """`vivace info`: what it says of checkpoints that can be served, and of those that cannot. `vivace config`."""
 
 import json
+import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -134,3 +137,34 @@ def test_config_ends_with_1_and_the_reason_where_a_model_cannot_be_served(tmp_pa
         half = plan.read_machine().free_bytes * 3 // 5
         words = [str(model), str(model), "--name", "a", "--name", "b"]
         main("config", [*words, "--kv-memory", str(half)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["list", "llama-9"], "llama-9 is neither a folder nor one of llama-3.2-1b, "),
+        (["check", "--target", "sm_70"], "--target must be one of sm_80, .*, got 'sm_70'"),
+        (["list", "--kv-cache-dtype", "fp8"], "kv_cache_dtype must be one of .*, got 'fp8'"),
+    ],
+)
+def test_kernels_of_what_is_not_there_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        main("kernels", words)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+sys.argv = ["vivace", "kernels", "list"]
+from vivace.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_kernels_without_triton_say_what_to_install():
+    words = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"vivace: error: .*triton.*; install vivace\[gpu\]", done.stderr.strip()
+    )

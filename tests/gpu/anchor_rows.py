@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from tests.gpu.anchor_attention import bits
+from tests.gpu.anchor_attention import bits, product_bits
 from tests.gpu.load_moe import Experts, Layer, experts, layer
 from tests.gpu.load_sampling import Kind, Sampling, sampling_of
 from tests.gpu.results import Result
@@ -17,6 +17,7 @@ from vivace.kernels.moe_assign import tile_rows
 
 Tensor = torch.Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUBSETS = ((0,), (3, 4, 5), tuple(range(17)))
 Rows = Callable[[Ops, Tensor], Tensor]  # an op as a function of its rows
 
@@ -31,7 +32,7 @@ def projection(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
         ops.linear(out, x, weight)
         return out
 
-    yield from _alone(setting, "linear", run, K)
+    yield from _alone(setting, f"linear, {NAMES[dtype]}", run, K)
 
 
 def norm(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
@@ -53,13 +54,14 @@ def _alone(setting: Setting, name: str, run: Rows, width: int) -> Iterator[Resul
     whole = run(ops, x).clone()
     for rows in (*SUBSETS, (T - 1,)):
         got = run(ops, x[list(rows)].contiguous())
-        yield bits(f"anchors/{name}: {len(rows)} of {T} rows", whole[list(rows)], got)
+        title = f"anchors/{name}: rows {rows[0]}-{rows[-1]} of {T}"
+        yield product_bits(setting, title, whole[list(rows)], got)
 
 
 def expert_layer(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
     """A whole layer: right, and a token's row the same with any others, whatever path the size takes."""
     made = experts(setting.device, dtype, is_tiny=True)
-    ops, name = setting.ops(), f"anchors/moe layer, {str(dtype).removeprefix('torch.')}"
+    ops, name = setting.ops(), f"anchors/moe layer, {NAMES[dtype]}"
     for T in (1, 3, 40, 300) if setting.is_gpu else (1, 9):
         whole = _random_layer(made, T)
         whole.run(ops)
@@ -75,7 +77,8 @@ def expert_layer(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
         for t in {0, T // 2, T - 1}:
             one = layer(made, *(x[t : t + 1].contiguous() for x in (whole.x_TM, whole.logits_TE)))
             one.run(ops)
-            yield bits(f"{name}: token {t} of {T}", whole.out_TM[t : t + 1], one.out_TM)
+            title = f"{name}: token {t} of {T} alone"
+            yield product_bits(setting, title, whole.out_TM[t : t + 1], one.out_TM)
     yield from _crowded(setting, name, made, ops)
 
 
@@ -140,11 +143,11 @@ def graphs(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
         replay()
         plain = layer(made, one.x_TM, one.logits_TE)
         plain.run(setting.ops())
-        yield bits(f"anchors/moe layer in a graph, replay {i}", one.out_TM, plain.out_TM)
-    yield from _sampling_graph(setting)
+        name = f"anchors/moe layer, {NAMES[dtype]}, in a graph, replay {i}"
+        yield bits(name, one.out_TM, plain.out_TM)
 
 
-def _sampling_graph(setting: Setting) -> Iterator[Result]:
+def sampling_graph(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
     V = 4096 if setting.is_gpu else 260
     logits = torch.randn(3, V, device=setting.device)
     ops = setting.ops()
@@ -170,6 +173,6 @@ def parts() -> Mapping[str, Part]:
     for name, dtype in DTYPES.items():
         for part in (projection, expert_layer, graphs):
             found[f"{part.__name__}, {name}"] = partial(part, dtype=dtype)
-    for part in (norm, sampled_rows):
+    for part in (norm, sampled_rows, sampling_graph):
         found[part.__name__] = partial(part, dtype=torch.float32)
     return found

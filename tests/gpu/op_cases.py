@@ -278,7 +278,7 @@ def _route_cases(rng: np.random.Generator, T: int, E: int, K: int) -> Iterator[O
             at = f"{scoring}{'+renormalize' if renormalize else ''} {T}x{E}x{K}"
             yield OpCase(f"moe_route {at}", "moe_route", outs, (logits,), attrs)
             attrs = attrs | {"num_groups": 4, "top_groups": 2}
-            for extra in ((), (bias,)):
+            for extra in ((), (None, bias)):
                 name = f"moe_route in groups{'+bias' if extra else ''} {at}"
                 yield OpCase(name, "moe_route", outs, (logits, *extra), attrs)
 

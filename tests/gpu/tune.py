@@ -3,14 +3,15 @@
     PYTHONPATH=src python3 tests/gpu/tune.py [--dry-run] [--model NAME ...]
 
 An op has candidates if its triton.py has a table CANDIDATES: configs by the bucket (or the op) that it hands to
-`Launcher.config`. What is timed is what a model calls, in a CUDA graph, on copies of its arguments that together do not
-fit the L2 cache. A candidate that gives other numbers than the default is dropped, and said so.
+`Launcher.config`. What is timed is what the shipped models call, each shape for itself, in a CUDA graph, on copies of the
+arguments that together do not fit the L2 cache; the best candidate of a bucket has the least mean of its times, each
+as a share of the default's. One that gives other numbers than the default is dropped, and said so.
 """
 
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,43 +52,55 @@ class Call:
     args: tuple
     attrs: Mapping
 
+    @property
+    def shapes(self) -> str:
+        """What tells it from other calls of the op."""
+        tensors = (one for one in self.args if isinstance(one, torch.Tensor))
+        return " ".join("x".join(map(str, one.shape)) for one in tensors)
+
 
 class Recording:
-    """Ops that note the last call for each (op, bucket) that they ask a config for, with the default of it."""
+    """Ops that note, for each (op, bucket) whose config they use, its default and a call of each shape."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self.calls: dict[tuple[str, str], Call] = {}
+        self.launcher = launcher
+        self.calls: dict[tuple[str, str], dict[str, Call]] = {}  # by key, then by shapes
         self.defaults: dict[tuple[str, str], Config] = {}
-        self._launcher = launcher
-        self._asked: list[tuple[str, str]] = []
+        self._given: dict[tuple[str, str], Config] = {}
+        self._used: list[tuple[str, str]] = []
+        launcher.config, launcher.launch = self._config, self._launch
 
     def ops(self) -> Ops:
         """All ops of the launcher, recorded."""
-        plain = bind_triton(self._launcher)
         names = [one.name for one in fields(Ops) if one.name not in NO_OPS]
         with_triton = [name for name in names if find_spec(f"vivace.kernels.{name}.triton")]
-        return replace(plain, **{name: self._recorded(name) for name in with_triton})
+        recorded = {name: self._recorded(name) for name in with_triton}
+        return replace(bind_triton(self.launcher), **recorded)
 
     def _recorded(self, name: str) -> Callable[..., None]:
-        at_bind: list[tuple[str, str]] = []
-        config = Launcher.config
-
-        def note(op: str, bucket: str, default: Config) -> Config:
-            self._asked.append((op, bucket))
-            self.defaults.setdefault((op, bucket), default)
-            return config(self._launcher, op, bucket, default)
-
-        self._launcher.config = note
-        self._asked = at_bind
-        run = module_of(name).bind(self._launcher)
+        run = module_of(name).bind(self.launcher)
 
         def run_and_note(*args, **attrs) -> None:
-            self._asked = list(at_bind)
+            self._used = []
             run(*args, **attrs)
-            for key in self._asked:
-                self.calls[key] = Call(name, args, attrs)
+            call = Call(name, args, attrs)
+            for key in self._used:
+                self.calls.setdefault(key, {})[call.shapes] = call
 
         return run_and_note
+
+    def _config(self, op: str, bucket: str, default: Config) -> Config:
+        """Asked for while an op is bound, or each time that it runs; of its own identity."""
+        key = op, bucket
+        self._used.append(key)
+        self.defaults.setdefault(key, default)
+        if key not in self._given:
+            self._given[key] = replace(Launcher.config(self.launcher, op, bucket, default))
+        return self._given[key]
+
+    def _launch(self, kernel, grid, args, constexprs, config) -> None:
+        self._used += [key for key, given in self._given.items() if given is config]
+        Launcher.launch(self.launcher, kernel, grid, args, constexprs, config)
 
 
 class RandomMemory:
@@ -118,12 +131,12 @@ def candidates_of(field: str, key: tuple[str, str]) -> list[Config]:
     return list(table.get(key[1]) or table.get(key[0]) or ())
 
 
-def calls_of(model: Model, launcher: Launcher) -> Recording:
-    """What a model's steps ask of the ops."""
-    recording = Recording(launcher)
+def run_steps(model: Model, recording: Recording) -> None:
+    """Run a model, with random weights, at the sizes that matter."""
     ops = recording.ops()
-    if launcher.device.type != "meta":
-        ops = replace(ops, memory=RandomMemory(ops.memory, launcher.device))
+    device = recording.launcher.device
+    if device.type != "meta":
+        ops = replace(ops, memory=RandomMemory(ops.memory, device))
     bound = model.bind(ops)
     rng = np.random.default_rng(0)
     for query_lens in STEPS:
@@ -136,7 +149,6 @@ def calls_of(model: Model, launcher: Launcher) -> Recording:
             inputs["context_lens"] = np.full(num_requests, CONTEXT, np.int32)
         logits, _ = bound.runner.step(inputs)
         warm_up.draw(bound.sampler, logits, len(query_lens), 0)
-    return recording
 
 
 def copies_of(call: Call) -> list[Call]:
@@ -185,37 +197,45 @@ def differs(call: Call, first: Callable[..., None], second: Callable[..., None])
     )
 
 
-def tuned_of(launcher: Launcher, key: tuple[str, str], call: Call, default: Config) -> Config:
-    """The fastest of the candidates and the default."""
+def tuned_of(
+    launcher: Launcher, key: tuple[str, str], calls: list[Call], default: Config
+) -> Config:
+    """The best of the candidates and the default."""
+    [field] = {call.field for call in calls}
 
     def bound(config: Config) -> Callable[..., None]:
         launcher.configs[key] = config
-        return module_of(call.field).bind(launcher)
+        return module_of(field).bind(launcher)
 
-    copies = copies_of(call)
-    best, best_us = default, measure(bound(default), copies)
-    print(f"  {default}: {best_us:.1f} us, the default")
-    for config in candidates_of(call.field, key):
+    copies = [copies_of(call) for call in calls]
+    base = [measure(bound(default), one) for one in copies]
+    print(f"  {' '.join(f'{us:.1f}' for us in base)} us: {default}, the default")
+    best, best_share = default, 1.0
+    for config in candidates_of(field, key):
         try:
-            if differs(call, bound(default), bound(config)):
+            if any(differs(call, bound(default), bound(config)) for call in calls):
                 print(f"  {config}: gives other numbers")
                 continue
-            us = measure(bound(config), copies)
+            times = [measure(bound(config), one) for one in copies]
         except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
             print(f"  {config}: {str(error).splitlines()[0]}")
             continue
-        print(f"  {config}: {us:.1f} us")
-        if us < best_us:
-            best, best_us = config, us
+        print(f"  {' '.join(f'{us:.1f}' for us in times)} us: {config}", flush=True)
+        share = statistics.geometric_mean(a / b for a, b in zip(times, base, strict=True))
+        if share < best_share:
+            best, best_share = config, share
     launcher.configs[key] = default
     return best
 
 
-def keys_with_candidates(recording: Recording) -> Iterator[tuple[tuple[str, str], Call]]:
-    """What is worth measuring."""
-    for key, call in sorted(recording.calls.items(), key=lambda item: item[0]):
-        if candidates_of(call.field, key):
-            yield key, call
+def record(names: list[str], launcher: Launcher) -> Recording:
+    """What the models ask of the ops."""
+    recording = Recording(launcher)
+    for name in names:
+        [model] = read_models(name, CacheConfig(dtype=KvDType.BF16, block_tokens=BLOCK_TOKENS))
+        cache = replace(model.config.cache, memory_bytes=KV_BYTES)
+        run_steps(replace(model, config=replace(model.config, cache=cache)), recording)
+    return recording
 
 
 def main() -> int:
@@ -225,27 +245,21 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured")
     parser.add_argument("--out", type=Path, default=tuned.FOLDER)
     args = parser.parse_args()
-    cache = CacheConfig(dtype=KvDType.BF16, block_tokens=BLOCK_TOKENS)
+    if args.dry_run:
+        with ahead.listing("sm_90") as launcher:
+            recording = record(args.model, launcher)
+    else:
+        launcher = Launcher("cuda")
+        recording = record(args.model, launcher)
+    del launcher.config, launcher.launch  # those that record
     configs: dict[str, dict[str, Config]] = {}
-    for name in args.model:
-        [model] = read_models(name, cache)
-        cache_of_model = replace(model.config.cache, memory_bytes=KV_BYTES)
-        model = replace(model, config=replace(model.config, cache=cache_of_model))
-        if args.dry_run:
-            with ahead.listing("sm_90") as launcher:
-                recording = calls_of(model, launcher)
-        else:
-            launcher = Launcher("cuda")
-            recording = calls_of(model, launcher)
-        for key, call in keys_with_candidates(recording):
-            op, bucket = key
-            if bucket in configs.get(op, {}):
-                continue
-            count = len(candidates_of(call.field, key))
-            print(f"{name}: {op} {bucket}: {count} candidates", flush=True)
-            best = recording.defaults[key]
-            if not args.dry_run:
-                best = tuned_of(launcher, key, call, best)
+    for key, by_shapes in sorted(recording.calls.items()):
+        op, bucket = key
+        calls = list(by_shapes.values())
+        count = len(candidates_of(calls[0].field, key))
+        print(f"{op} {bucket}: {count} candidates, {len(calls)} shapes", flush=True)
+        if count and not args.dry_run:
+            best = tuned_of(launcher, key, calls, recording.defaults[key])
             configs.setdefault(op, {})[bucket] = best
     if not args.dry_run:
         device = torch.cuda.get_device_name()

@@ -5,23 +5,30 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.kernels.arrays import BACKENDS, close, ops_of, out, run
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, TRITON, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
+each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
+INTERPRETED = pytest.param(Backend.TRITON, 3, marks=pytest.mark.triton)  # 3 tokens are enough
 KINDS = tuple(itertools.product(("softmax", "sigmoid"), (False, True)))
 GROUPS = [(16, 4, 1), (16, 4, 2), (16, 4, 4), (16, 16, 8), (60, 3, 2), (64, 8, 3), (3, 3, 1), (8, 1, 1)]  # fmt: skip
+
+
+def backend_and(name, sizes):
+    """Every backend with every number of tokens; Triton, which is interpreted, with few."""
+    cases = [(backend, size) for backend in BACKENDS for size in sizes]
+    return pytest.mark.parametrize(("backend", name), [*cases, INTERPRETED])
 
 
 def normal(rng, *shape):
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def route(ops, logits, K, bias=None, *, scoring="softmax", renormalize=False, **attrs):
+def route(ops, logits, K, bias=None, loads=None, *, scoring="softmax", renormalize=False, **attrs):
     """Weights and experts."""
     outs = [out(ops, len(logits), K), out(ops, len(logits), K, dtype=np.int32)]
     attrs |= {"scoring": scoring, "renormalize": renormalize}
-    return run(ops, "moe_route", outs, logits, bias, **attrs)
+    return run(ops, "moe_route", outs, logits, loads, bias, **attrs)
 
 
 def wanted_route(logits, K, bias, scoring, renormalize, *, scale=1.0, num_groups=1, top_groups=1):
@@ -43,8 +50,7 @@ def wanted_route(logits, K, bias, scoring, renormalize, *, scale=1.0, num_groups
     return np.array(weights).reshape(len(logits), K), np.array(experts).reshape(len(logits), K)
 
 
-@each_backend
-@pytest.mark.parametrize("T", (0, 1, 7, 33))
+@backend_and("T", (0, 1, 7, 33))
 @pytest.mark.parametrize(("E", "K"), [(1, 1), (3, 2), (3, 3), (16, 1), (16, 8), (60, 4), (64, 7)])
 @pytest.mark.parametrize(("scoring", "renormalize"), KINDS)
 @pytest.mark.parametrize("has_bias", (False, True))
@@ -58,15 +64,15 @@ def test_route(backend, T, E, K, scoring, renormalize, has_bias):
     assert np.allclose(weights, want, rtol=1e-6, atol=0)
 
 
-@each_backend
+@backend_and("T", (40,))
 @pytest.mark.parametrize(("E", "num_groups", "top_groups"), GROUPS)
 @pytest.mark.parametrize("scoring", ("softmax", "sigmoid"))
 @pytest.mark.parametrize("has_bias", (False, True))
 def test_only_experts_of_the_best_groups_are_chosen(
-    backend, E, num_groups, top_groups, scoring, has_bias
+    backend, T, E, num_groups, top_groups, scoring, has_bias
 ):
     rng = np.random.default_rng(E + num_groups)
-    logits, bias = 2 * normal(rng, 40, E), normal(rng, E) if has_bias else None
+    logits, bias = 2 * normal(rng, T, E), normal(rng, E) if has_bias else None
     groups = {"num_groups": num_groups, "top_groups": top_groups}
     for K in {1, min(4, top_groups * (E // num_groups)), min(8, top_groups * (E // num_groups))}:
         weights, experts = route(ops_of(backend), logits, K, bias, scoring=scoring, **groups)
@@ -147,17 +153,41 @@ def test_weights_of_extreme_logits_are_finite(backend, scoring, renormalize):
     assert np.isfinite(weights).all() and (weights >= 0).all()
 
 
-def test_logits_that_are_not_numbers_still_choose_experts_that_exist():
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum
+@pytest.mark.parametrize("backend", (Backend.CPU, TRITON))
+def test_logits_that_are_not_numbers_still_choose_experts_that_exist(backend):
     logits = np.full((1, 16), np.nan, np.float32)
     for bias in (None, np.zeros(16, np.float32)):
         groups = {"num_groups": 4, "top_groups": 2}
-        _, experts = route(ops_of(Backend.CPU), logits, 8, bias, scoring="sigmoid", **groups)
+        _, experts = route(ops_of(backend), logits, 8, bias, scoring="sigmoid", **groups)
         assert sorted(set(experts[0].tolist())) == sorted(experts[0].tolist())
         assert ((experts >= 0) & (experts < 16)).all()
 
 
 @each_backend
-@pytest.mark.parametrize("T", (0, 1, 5, 70))
+def test_tokens_that_chose_an_expert_are_counted(backend):
+    """On top of what was counted before."""
+    rng, ops = np.random.default_rng(2), ops_of(backend, 3)
+    before = np.arange(60, dtype=np.int64) << 33
+    loads, total = ops.memory.upload(before.copy()), before.copy()
+    for T in (70, 0, 1):
+        logits = ops.memory.upload(normal(rng, T, 60))
+        outs = out(ops, T, 4), out(ops, T, 4, dtype=np.int32)
+        ops.moe_route(*outs, logits, loads, scoring="softmax", renormalize=True)
+        total += np.bincount(ops.memory.read(outs[1]).ravel(), minlength=60)
+        assert np.array_equal(ops.memory.read(loads), total)
+
+
+@each_backend
+def test_as_many_experts_as_there_are_can_be_chosen_each_once(backend):
+    logits = normal(np.random.default_rng(3), 3, 257)
+    _, experts = route(ops_of(backend), logits, 16)
+    assert np.array_equal(experts, np.argsort(-logits, axis=1, kind="stable")[:, :16])
+    _, experts = route(ops_of(backend), logits[:, :5], 5)
+    assert np.array_equal(np.sort(experts, axis=1), [range(5)] * 3)
+
+
+@backend_and("T", (0, 1, 5, 70))
 @pytest.mark.parametrize(
     ("E", "K", "N", "width"), [(1, 1, 5, 3), (3, 2, 16, 64), (16, 8, 33, 45), (60, 4, 17, 20)]
 )
@@ -202,8 +232,7 @@ def test_an_expert_gives_the_bits_of_linear(threads, has_bias):
         assert np.array_equal(got[t, k], row[0])
 
 
-@each_backend
-@pytest.mark.parametrize("T", (0, 1, 5, 70))
+@backend_and("T", (0, 1, 5, 70))
 @pytest.mark.parametrize(("K", "M"), [(1, 1), (2, 45), (3, 16), (8, 33)])
 @pytest.mark.parametrize("shared", ("none", "plain", "gated"))
 def test_combine(backend, T, K, M, shared):
@@ -218,9 +247,10 @@ def test_combine(backend, T, K, M, shared):
     close(got, want)
 
 
-def test_rows_are_joined_in_the_order_of_k():
+@pytest.mark.parametrize("backend", (Backend.CPU, TRITON))
+def test_rows_are_joined_in_the_order_of_k(backend):
     """1 is lost beside 2^24 unless the two great ones have gone before."""
-    ops = ops_of(Backend.CPU)
+    ops = ops_of(backend)
     y = np.float32([2**24, -(2**24), 1, 2**24, 1, -(2**24)]).reshape(2, 3, 1)
     [got] = run(ops, "moe_combine", [out(ops, 2, 1)], y, np.ones((2, 3), np.float32))
     assert got.tolist() == [[1], [0]]
