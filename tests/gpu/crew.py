@@ -49,11 +49,15 @@ class Progress:
 class Crew:
     """Workers of one check. `run` may be called from several threads."""
 
-    def __init__(self, log: Path, deadline: Deadline) -> None:
+    def __init__(
+        self, log: Path, deadline: Deadline, *, patience: float = 1, worker: Path = WORKER
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
         self._log = log
         self._deadline = deadline
+        self._worker = worker
+        self._patience = patience  # by which limits are multiplied
 
     def run(self, job: Job, section: Section, prefix: Sequence[str]) -> list[Result]:
         """All parts of a job: its results, and a failed one for every part that gave none."""
@@ -79,17 +83,19 @@ class Crew:
         self, job: Job, section: Section, prefix: Sequence[str]
     ) -> tuple[Progress, str]:
         """Until it ends or is ended; how it did, in words."""
-        command = [*prefix, sys.executable, str(WORKER), json.dumps(asdict(job))]
+        command = [*prefix, sys.executable, str(self._worker), json.dumps(asdict(job))]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if not str(job.setting["device"]).startswith("cuda"):
             environment["TRITON_INTERPRET"] = "1"
         if prefix:  # allocations of their own, so that the checker sees where each ends
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         lines: queue.Queue[str | None] = queue.Queue()
-        with self._log.open("a") as log:
-            worker = subprocess.Popen(
+        with (
+            self._log.open("a") as log,
+            subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
+            ) as worker,
+        ):
             assert worker.stdout is not None
             pump = threading.Thread(target=_pump, args=(worker.stdout, lines, log), daemon=True)
             pump.start()
@@ -106,7 +112,8 @@ class Crew:
         self, lines: "queue.Queue[str | None]", section: Section, progress: Progress
     ) -> tuple[Progress, str]:
         """Read what a worker says; why it must be ended, or nothing if it ended."""
-        limit_s = START_S + section.part_limit_s
+        part_s = section.part_limit_s * self._patience
+        limit_s = START_S * self._patience + part_s
         until = time.monotonic() + limit_s
         while True:
             wait_s = min(until - time.monotonic(), self._deadline.left_s)
@@ -118,7 +125,7 @@ class Crew:
             if said is None:
                 return progress, ""
             if _note(json.loads(said), progress):
-                limit_s = section.part_limit_s
+                limit_s = part_s
                 until = time.monotonic() + limit_s
 
 

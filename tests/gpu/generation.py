@@ -2,8 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vivace.engine.models.decoder import emit
 from vivace.engine.models.fuse import fuse
 from vivace.engine.models.hf_config import read_spec
 from vivace.engine.models.program import Program
-from vivace.kernels.backend import Backend, load
+from vivace.kernels.backend import Backend, Ops, load
 from vivace.kernels.buffer import DType
 
 NORTHSTAR = ROOT / "examples" / "northstar"
@@ -116,14 +116,33 @@ def _compiles_nothing_more(
     yield Result(f"{title}: other lengths compile nothing", count == 0, note=note)
 
 
+def rounding(ops: Ops) -> Ops:
+    """The reference, but rows are rounded to the type of the matrix or cache that they meet, as tensor cores want it."""
+
+    def rounded(run: Callable[..., None], place: int) -> Callable[..., None]:
+        def run_rounded(out: Any, x: torch.Tensor, *rest: Any, **attrs: Any) -> None:
+            run(out, x.to(rest[place].dtype).float(), *rest, **attrs)
+
+        return run_rounded
+
+    return replace(
+        ops,
+        linear=rounded(ops.linear, 0),
+        expert_linear=rounded(ops.expert_linear, 1),
+        attention=rounded(ops.attention, 0),
+    )
+
+
 def in_bf16(setting: Setting, name: str) -> Iterator[Result]:
-    """bf16 matrices and cache, against the reference's fp32 arithmetic on the same."""
+    """bf16 matrices and cache, against the reference's fp32 arithmetic on the same rounded numbers."""
     size, rng = sizes(setting), np.random.default_rng(8)
     with tempfile.TemporaryDirectory() as folder:
         directory = checkpoint(name, folder, torch.bfloat16)
         driver = make_driver(directory, setting.ops(), rewrite=_bf16_program(directory, fuse))
         reference = make_driver(
-            directory, setting.reference(), rewrite=_bf16_program(directory, lambda p: p)
+            directory,
+            rounding(setting.reference()),
+            rewrite=_bf16_program(directory, lambda program: program),
         )
     prompts = [rng.integers(0, 256, 20).tolist() for _ in range(size.prompts)]
     replies = reference.greedy(prompts, size.steps)
