@@ -99,6 +99,7 @@ class EngineCore:
             long_rope_from=context.long_rope_from,
         )
         self._runner = runner
+        self._first_counted = runner.counted()  # by warming up
         self._sampler = Sampler(runner.ops, plan.max_rows, info.vocab_size)
         self._clock = clock
         self._aborted: list[tuple[str, float]] = []  # and when; the next step drops them
@@ -177,6 +178,10 @@ class EngineCore:
             num_requests_finished=counters.num_requests_finished,
             num_requests_aborted=counters.num_requests_aborted,
             cancel_to_free_s=counters.cancel_to_free_s,
+            expert_loads=tuple(
+                tuple((counted - first).tolist())
+                for counted, first in zip(self._runner.counted(), self._first_counted, strict=True)
+            ),
         )
 
     def _drop_ended(self, now: float) -> list[TokenEvent]:

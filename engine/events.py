@@ -145,3 +145,5 @@ class Loads:
     num_requests_finished: int = 0
     num_requests_aborted: int = 0  # by abort (a stop string is one), hang-up or deadline
     cancel_to_free_s: float = 0.0  # the longest that an abort took to free its blocks
+    # Of each layer with experts: tokens that chose each. Of a last layer, only tokens that go on.
+    expert_loads: tuple[tuple[int, ...], ...] = ()

@@ -64,6 +64,7 @@ class Runner:
     ) -> None:
         self.ops = ops
         self.caches: dict[str, Buffer] = {}  # by name; `kv_read` and `rope_kv_write` are the doors
+        self.counters: dict[str, Buffer] = {}  # by name, in the order of the layers
         self._most = dict(most)
         self._arena = [
             ops.memory.empty((count,), dtype) for count, dtype in _slot_sizes(program, most)
@@ -82,6 +83,9 @@ class Runner:
                 G, D = sized(value.shape, {})
                 cache = ops.memory.kv_cache(num_blocks, block_tokens, G, D, value.dtype)
                 self._fixed[i] = self.caches[value.name] = cache
+            elif value.kind is Kind.COUNTER:
+                zeros = np.zeros(sized(value.shape, {}), np.int64)
+                self._fixed[i] = self.counters[value.name] = ops.memory.upload(zeros)
         self._inputs = [(value, i) for value, i in places.items() if value.kind is Kind.INPUT]
         self._activations = [
             (value, i) for value, i in places.items() if value.kind is Kind.ACTIVATION
@@ -139,6 +143,10 @@ class Runner:
             [sizes[symbol] for symbol in SIZES], None if then is None else partial(then, logits)
         )
         return logits, hidden
+
+    def counted(self) -> list[Array]:
+        """Every counter's numbers so far, copied; waits for the device."""
+        return [np.array(self.ops.memory.read(counter)) for counter in self.counters.values()]
 
     def _loop(self, inputs: Mapping[str, Array], sizes: Sizes) -> tuple[Buffer, Buffer]:
         """Every op called in its turn."""

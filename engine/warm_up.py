@@ -26,6 +26,7 @@ from vivace.kernels.backend import Ops
 from vivace.kernels.buffer import Buffer, DType
 
 ENDLESS = Machine(num_cpus=1, free_bytes=1 << 62)  # where tensors have no memory
+CHUNK = 64  # tokens of a prompt beside requests that decode
 WEIGHTS = {DType.FP32: np.float32, DType.BF16: np.uint16}  # as checkpoints are read
 
 
@@ -41,9 +42,9 @@ class Bound:
 
 def warm_up(bound: Bound) -> None:
     """Run each step, then draw from many rows and from few. Writes to the first block of the cache."""
-    most = bound.plan.most
-    for query_lens in _steps(most):
-        for columns in (-(-max(query_lens) // bound.block_tokens), most[Symbol.X]):
+    most, block_tokens = bound.plan.most, bound.block_tokens
+    for query_lens in _steps(most, most[Symbol.X] * block_tokens):
+        for columns in (-(-max(query_lens) // block_tokens), most[Symbol.X]):
             bound.runner.step(step_inputs(query_lens, columns, len(query_lens)))
     max_rows = min(most[Symbol.R], most[Symbol.P])
     logits, _ = bound.runner.step(step_inputs([1], 1, max_rows))
@@ -79,14 +80,15 @@ def ladder(most: int) -> list[int]:
     return sorted(size for size in sizes if size <= most)
 
 
-def _steps(most: Sizes) -> Iterator[Sequence[int]]:
-    """Tokens of each request: all decode, one alone computes its prompt, or one does while the others decode."""
+def _steps(most: Sizes, context: int) -> Iterator[Sequence[int]]:
+    """Tokens of each request: all decode, some compute prompts, or one does while the others decode."""
     for num_requests in ladder(most[Symbol.B]):
         yield [1] * num_requests
-    for num_tokens in ladder(most[Symbol.T]):
-        yield [num_tokens]
-    for num_requests in ladder(most[Symbol.B]):
-        yield [*[1] * (num_requests - 1), most[Symbol.T] - num_requests + 1]
+        num_left = min(most[Symbol.T] - num_requests + 1, context, CHUNK)
+        yield [*[1] * (num_requests - 1), num_left]
+    for num_tokens in ladder(min(most[Symbol.T], most[Symbol.B] * context)):
+        whole, rest = divmod(num_tokens, context)
+        yield [context] * whole + [rest] * (rest > 0)
 
 
 def step_inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[str, Array]:

@@ -238,7 +238,9 @@ def server_info(
 def loads(loads: Loads) -> pb.GetLoadsResponse:
     """How busy it is; the two have the same names."""
     names = pb.GetLoadsResponse.DESCRIPTOR.fields_by_name
-    return pb.GetLoadsResponse(**{name: getattr(loads, name) for name in names})
+    values = {name: getattr(loads, name) for name in names}
+    values["expert_loads"] = [pb.ExpertLoads(num_tokens=layer) for layer in loads.expert_loads]
+    return pb.GetLoadsResponse(**values)
 
 
 def _finish(event: TextEvent) -> pb.Finish:

@@ -10,7 +10,7 @@ import pytest
 from vivace.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/architecture.md", "docs/operations.md")
+PAGES = ("README.md", "docs/architecture.md", "docs/kernels.md", "docs/operations.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".proto", ".json", ".cpp", ".h", ".cfg")

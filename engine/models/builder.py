@@ -43,6 +43,10 @@ class Builder:
         """The KV blocks of one layer."""
         return Value(name, Kind.CACHE, (num_kv_heads, head_dim), self._cache_dtype)
 
+    def counter(self, name: str, *shape: int) -> Value:
+        """Numbers that steps add to, zero at first."""
+        return Value(name, Kind.COUNTER, shape, DType.INT64)
+
     def activation(self, op: str, *shape: Size, dtype: DType = DType.FP32) -> Value:
         """A fresh result for a call to `op`."""
         self._num_values += 1

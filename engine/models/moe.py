@@ -19,7 +19,7 @@ def emit_moe(b: Builder, layer: str, x_TM: Value, spec: MoeSpec) -> Value:
     b.call(
         "moe_route",
         (weights_TK, experts_TK),
-        (logits_TE,),
+        (logits_TE, b.counter(f"{at}.loads", E)),
         (("scoring", "softmax"), ("renormalize", spec.renormalize)),
     )
     gate_up = b.weight(f"{at}.gate_up", E, 2 * F, M, parts=(F, F))

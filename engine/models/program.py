@@ -41,6 +41,7 @@ class Kind(Enum):
     CONSTANT = "constant"  # numbers that follow from the spec; they travel with the program
     INPUT = "input"  # filled from the Batch
     CACHE = "cache"  # the KV blocks of one layer; shape (G, D)
+    COUNTER = "counter"  # int64, zero at first; ops add to it
     ACTIVATION = "activation"  # a slot of the arena, reused after its last use
 
 

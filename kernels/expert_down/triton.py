@@ -1,15 +1,16 @@
 """The second half of the experts' MLPs in Triton: the kernel of `expert_linear` on assigned tiles."""
 
+from collections.abc import Callable
+
 import torch
 
-from vivace.kernels.expert_down import Run
 from vivace.kernels.expert_linear.triton import CANDIDATES, project
 from vivace.kernels.gpu.launcher import Launcher
 
 __all__ = ["CANDIDATES", "bind"]
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device."""
 
     def run(

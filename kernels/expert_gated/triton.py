@@ -2,11 +2,12 @@
 end, so that 2F numbers a slot never travel. Bounds and limits are those of kernels/expert_linear/triton.py.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from vivace.kernels.expert_gated import Run
 from vivace.kernels.expert_linear.triton import config_of, product, slots_of, tile_of
 from vivace.kernels.gated.triton import activated
 from vivace.kernels.gpu.launcher import Config, Launcher
@@ -85,7 +86,7 @@ def _expert_gated(
     tl.store(out_ptrs, act, mask=is_row[:, None] & is_n[None, :])
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device."""
 
     def run(

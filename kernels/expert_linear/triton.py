@@ -6,11 +6,12 @@ tiles in turn, an expert's matrix are read from L2. Limits: a matrix has fewer t
 of 64 rows run on different instructions, whose sums may round differently within a step of k.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from vivace.kernels.expert_linear import Run
 from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.linear.triton import cast, widen
 from vivace.kernels.moe_assign import max_tiles, tile_rows
@@ -170,7 +171,7 @@ def project(
     launcher.launch(_expert_linear, grid, (*tensors, bias_EN), constexprs, config)
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device. Slow for many tokens, which is what `expert_gated` and `expert_down` are for."""
 
     def run(

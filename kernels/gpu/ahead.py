@@ -5,9 +5,8 @@ A process compiles for one target at a time: the last launcher that was made is 
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import triton
 
@@ -17,7 +16,7 @@ from vivace.kernels.gpu.compilation import Watch
 from vivace.kernels.gpu.launcher import Launcher
 from vivace.kernels.gpu.target import find_target
 
-Expected = Mapping[str, Mapping[str, Sequence[str]]]  # by target, then by kernel: keys of MEANT
+Expected = Mapping[str, Mapping[str, Sequence[str]]]  # by target, then by words: keys of MEANT
 
 
 @contextmanager
@@ -45,7 +44,11 @@ def knobs_kept() -> Iterator[None]:
         triton.knobs.runtime.scope(),
         triton.knobs.compilation.scope(),
     ):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(RuntimeError):  # without a GPU there is no driver to go back to
+                triton.runtime.driver.reset_active()
 
 
 def judge(watch: Watch, target: str) -> dict[Variant, list[str]]:
@@ -55,14 +58,19 @@ def judge(watch: Watch, target: str) -> dict[Variant, list[str]]:
         return {variant: [] for variant in watch.variants}
     return {
         variant: machine_code.problems(
-            machine_code.read(kernel, kind), kind, meant(kernel.src.fn, target)
+            machine_code.read(kernel, kind), kind, meant(kernel.src.fn.module, variant, target)
         )
         for variant, kernel in watch.compiled.items()
     }
 
 
-def meant(function: Any, target: str) -> Sequence[str]:
-    """What the module of a kernel says that its machine code must show on a target, in a table EXPECT."""
-    module = sys.modules[function.module]
-    expected: Expected = getattr(module, "EXPECT", {})
-    return expected.get(target, {}).get(function.__name__, ())
+def meant(module: str, variant: Variant, target: str) -> list[str]:
+    """What a kernel's module says, in a table EXPECT, that the machine code of a variant must show on a target.
+
+    An entry is of the variants that have all its words: kernel, constexprs such as `BLOCK_M=128`, types such as `*bf16:16`.
+    """
+    expected: Expected = getattr(sys.modules[module], "EXPECT", {})
+    constexprs = (f"{name}={value}" for name, value in variant.constexprs)
+    has = {variant.kernel, *constexprs, *variant.arguments}
+    entries = expected.get(target, {}).items()
+    return [name for words, names in entries if has.issuperset(words.split()) for name in names]

@@ -48,6 +48,8 @@ class Launcher:
                 raise ValueError("TRITON_INTERPRET=1 is set: nothing can be compiled")
             triton.runtime.driver.set_active(TargetDriver(target))
         if self.device.type == "cuda":
+            if self.device.index is not None:  # Triton launches on the current device
+                torch.cuda.set_device(self.device)
             tuned_for = torch.cuda.get_device_name(self.device)
         self.has_tma = False  # whether kernels may load boxes of a tensor by its descriptor
         if not self.is_interpreted:

@@ -44,10 +44,8 @@ def read(kernel: Any, target: Target) -> MachineCode:
     if target.triton.backend == "hip":
         text = kernel.asm["amdgcn"]
         stack = _number(r"\.private_segment_fixed_size: +(\d+)", text)
-        counts = {
-            "VGPR": _number(r"\.vgpr_spill_count: +(\d+)", text),
-            "SGPR": _number(r"\.sgpr_spill_count: +(\d+)", text),
-        }
+        # Scalar registers are spilled to lanes of vector registers, not to memory.
+        counts = {"VGPR": _number(r"\.vgpr_spill_count: +(\d+)", text)}
         registers = _number(r"\.vgpr_count: +(\d+)", text)
         return MachineCode(registers, stack, kernel.metadata.shared, num_threads, counts)
     [binary] = (path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))

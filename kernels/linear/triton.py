@@ -22,6 +22,10 @@ DEFAULTS = {
     "fp32, T<=16": Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, num_stages=3),
     "fp32, T>16": Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
 }
+EXPECT = {
+    "sm_80": {"_linear": ("16-byte loads",), "_linear *bf16:16": ("HMMA",)},
+    "sm_90": {"_linear": ("16-byte loads",), "_linear *bf16:16 BLOCK_M=128": ("HGMMA",)},
+}
 
 
 @triton.jit

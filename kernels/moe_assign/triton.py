@@ -5,12 +5,14 @@ then places these in a second pass: no atomics, so the order is stable. Limits: 
 slots, 2 * 4 * T * K bytes; 4,096 tokens of 8 choices are 256 kB, from L2.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
-from vivace.kernels.moe_assign import Run, tile_rows
+from vivace.kernels.moe_assign import tile_rows
 
 MAX_PAIRED = 64  # slots
 PAIRED = Config(num_warps=4)
@@ -101,7 +103,7 @@ def _counted(
         _store_tiles(tiles_ptr, tile, -1, 0, 0, (tile >= total) & (tile < n))
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device."""
 
     def run(

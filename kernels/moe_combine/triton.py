@@ -3,13 +3,14 @@
 Sums run over k in order in each column, so nothing depends on the grid. Limits: K rows are loaded at once, K <= 32 or so.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from vivace.kernels.gated.triton import exp
 from vivace.kernels.gpu.launcher import Config, Launcher
-from vivace.kernels.moe_combine import Run
 
 CONFIG = Config({"BLOCK_M": 1024}, num_warps=4)
 CANDIDATES = {
@@ -49,7 +50,7 @@ def _moe_combine(
     tl.store(out_ptr + t * M + m, total, mask=is_in)
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device."""
     config = launcher.config("moe_combine", "any", CONFIG)
 

@@ -5,12 +5,13 @@ A row of experts lies in registers, group by group, each filled up to a power of
 K rounds are unrolled; E in the thousands spills.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
-from vivace.kernels.moe_route import Run
 
 OUT = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every key
 CONFIG = Config({"BLOCK_T": 4}, num_warps=4)
@@ -146,7 +147,7 @@ def _moe_route(
         tl.atomic_add(loads_ptr + experts, 1, mask=is_slot, sem="relaxed")
 
 
-def bind(launcher: Launcher) -> Run:
+def bind(launcher: Launcher) -> Callable[..., None]:
     """The op on one device."""
     config = launcher.config("moe_route", "any", CONFIG)
 

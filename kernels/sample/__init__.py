@@ -41,7 +41,7 @@ class Run(Protocol):
         penalty_ids: Buffer,  # int32 [P], of a row's none twice
         penalty_counts: Buffer,  # int32 [P], >= 0
         bias_starts: Buffer,  # int32 [R + 1], row r's entries are bias_starts[r] .. bias_starts[r+1] - 1
-        bias_ids: Buffer,  # int32 [X]
+        bias_ids: Buffer,  # int32 [X], of a row's none twice with finite values
         bias_values: Buffer,  # fp32 [X], -inf forbids
     ) -> None: ...
 

@@ -1,16 +1,17 @@
 """Sampling on a GPU, a row spread over programs of 1,024 tokens each. Six launches, whatever the rows ask for:
 
-adjust   (R, chunks)  penalties, bias, temperature; of a row without filters also the draw. Reads 4 bytes a token, writes 4.
-bound    (R)          from the best of each group of 256 tokens, a score that no token to be kept lies under.
-gather   (R, chunks)  the tokens not under it, 4 bytes read a token; in any order, since what follows sorts them.
-limit    (R)          the key of the last token that top-k and top-p keep.
-apply    (R, chunks)  drops the others and draws. 4 bytes read a token, 4 written.
+adjust   (R, chunks)  penalties, bias, temperature; of a row without filters also the draw. 4 bytes a token read, 4 written.
+bound    (R)          from the best of each group of 64 tokens, a score that no token to be kept lies under.
+gather   (R, chunks)  the tokens not under it, in any order. 4 bytes a token read.
+limit    (R)          the least key that top-k and top-p keep, by bisection of those tokens.
+apply    (R, chunks)  drops the others and draws. 4 bytes a token read, 4 written.
 choose   (R)          the best draw of the chunks.
 
-A row without filters leaves gather, bound, limit and apply at once. Bound by launches at R = 1, by 20 bytes a token and, for
-noise and masses in fp64, by flops beyond: a GPU of few fp64 units is slower. Sums have one order, so a row does not depend
-on its batch. More than CAPACITY candidates (flat rows, a top-k beyond the number of groups) are found by bisection in one
-program, exactly as well but some hundred microseconds slower. A list of many biases is read by every chunk of its row.
+A row without filters leaves bound, gather, limit and apply at once. Bound by launches at R = 1; beyond, by 20 bytes a token
+and, for noise and masses in fp64, by flops: a GPU of few fp64 units is slower. Sums have one order and bisection needs no
+other, so a row does not depend on its batch. Where more than CAPACITY tokens come into question (flat rows under top-p, a
+top-k beyond the number of groups) one program bisects the row itself, as exactly, in about fifty passes over it. A list of
+penalties or biases is read by every chunk of its row.
 """
 
 from collections.abc import Callable
@@ -22,49 +23,43 @@ import triton.language as tl
 from vivace.kernels.gpu.launcher import Config, Launcher
 
 CHUNK = 1024
-GROUPS = 4  # of a chunk
-CAPACITY = 1024
+GROUPS = 16  # of a chunk
+CAPACITY = 4096
+NEAR = tl.constexpr(1 << 12)  # of the places of a score among all fp32: a bound need not be exact
 CHUNKS = Config()
-ROWS = Config(num_warps=8)
+ROWS = Config(num_warps=16)
 MINUS_INF = tl.constexpr(-float("inf"))
 LOWEST = tl.constexpr(-(2**63))  # below every key
-HIGHEST = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def _order(scores):
+def order_of(scores):
     """int64 that compare as fp32 does, 0 and -0 alike."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
 @triton.jit
-def key_of(scores, tokens):
-    """int64 of which the larger is the better token, ties to the lower id; no two of a row are equal."""
-    return (_order(scores) << 32) + (0xFFFFFFFF - tokens.to(tl.int64))
-
-
-@triton.jit
-def score_of(key):
-    """The score of a key."""
-    bits = (key >> 32).to(tl.int32)
+def score_of(order):
+    """The inverse of `order_of`."""
+    bits = order.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def token_of(key):
-    """The token of a key."""
-    return (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+def key_of(scores, tokens, BITS: tl.constexpr):
+    """int64 of which the larger is the better token, ties to the lower id; no two of a row are equal. V <= 2^BITS."""
+    return (order_of(scores) << BITS) + ((1 << BITS) - 1 - tokens)
 
 
 @triton.jit
-def _mass(scores, best):
+def mass_of(scores, best):
     """What scores weigh beside the best of their row, fp64."""
     return tl.exp(scores.to(tl.float64) - best)
 
 
 @triton.jit
-def _finite(best):
+def finite(best):
     """0 for the best of a row of which all is forbidden: it can be subtracted."""
     return tl.where(best == MINUS_INF, 0.0, best)
 
@@ -210,9 +205,60 @@ def _adjust(
         best = tl.max(of_groups).to(tl.float64)
         tl.store(bests + r * C + c, best)
         if tl.load(top_p + r) < 1.0:
-            tl.store(masses + r * C + c, tl.sum(_mass(x, _finite(best))))
+            tl.store(masses + r * C + c, tl.sum(mass_of(x, finite(best))))
     else:
         _draw(bests, winners, x, tokens, seeds, positions, heat == 0, r, c, C)
+
+
+@triton.jit
+def _at_least(
+    keys,
+    weights,
+    V,
+    least,
+    best,
+    FEW: tl.constexpr,
+    MASS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many keys are not under one, or their mass, in fp64. FEW: of keys and weights in registers; or of a row of scores."""
+    if FEW:
+        total = tl.where(keys >= least, weights, 0.0)
+    else:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, V, BLOCK):
+            tokens = start + tl.arange(0, BLOCK)
+            x = tl.load(keys + tokens, mask=tokens < V, other=MINUS_INF)
+            is_in = (key_of(x, tokens, BITS) >= least) & (x > MINUS_INF)
+            if tl.max(is_in.to(tl.int32)) > 0:
+                total += tl.where(is_in, mass_of(x, best) if MASS else 1.0, 0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _crossing(
+    keys,
+    weights,
+    V,
+    low,
+    high,
+    wanted,
+    best,
+    FEW: tl.constexpr,
+    MASS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLACK: tl.constexpr,
+):
+    """The largest key of low..high, or one at most SLACK under it, at and above which there is as much as wanted."""
+    while high - low > SLACK:
+        middle = low + ((high - low + 1) >> 1)
+        if _at_least(keys, weights, V, middle, best, FEW, MASS, BITS, BLOCK) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @triton.jit
@@ -239,24 +285,39 @@ def _bound(
         return
     c, i = tl.arange(0, C_BLOCK), tl.arange(0, GROUP_BLOCK)
     best_C = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
-    best = _finite(tl.max(best_C))
+    best = finite(tl.max(best_C))
     heads = tl.load(group_bests + r * C * GROUPS + i, mask=i < C * GROUPS, other=MINUS_INF)
-    heads = tl.sort(heads, descending=True)
+    orders, ones = order_of(heads), tl.where(heads > MINUS_INF, 1.0, 0.0).to(tl.float64)
     k, p, least = tl.load(top_k + r), tl.load(top_p + r), tl.load(min_p + r)
-    bound = MINUS_INF
+    lowest, top = order_of(best.to(tl.float32) * 0.0 + MINUS_INF), order_of(best.to(tl.float32))
+    low = lowest
     if (k > 0) & (k < V):  # k groups have a token as good
-        bound = tl.max(tl.where(i == k - 1, heads, MINUS_INF))
+        low = _crossing(orders, ones, V, low, top, k, best, True, False, 0, C_BLOCK, NEAR)
     elif least > 0.0:  # a little less, for what fp32 rounds
         share = best + tl.log(least.to(tl.float64))
-        bound = (share - 1e-6 * tl.abs(share) - 1e-9).to(tl.float32)
+        low = order_of((share - 1e-6 * tl.abs(share) - 1e-9).to(tl.float32))
     if p < 1.0:
         mass_C = tl.load(masses + r * C + c, mask=c < C, other=0.0)
-        mass = tl.sum(mass_C * tl.exp(_finite(best_C) - best))
+        mass = tl.sum(mass_C * tl.exp(finite(best_C) - best))
         tl.store(row_masses + r, mass)
         if (k == 0) | (k >= V):  # the best of the groups alone weigh enough
-            is_enough = tl.cumsum(_mass(heads, best)) >= p.to(tl.float64) * mass * (1 + 1e-12)
-            bound = tl.maximum(bound, tl.max(tl.where(is_enough, heads, MINUS_INF)))
-    tl.store(bounds + r, bound)
+            wanted = p.to(tl.float64) * mass * (1 + 1e-12)
+            heavy = _crossing(
+                orders,
+                mass_of(heads, best),
+                V,
+                lowest,
+                top,
+                wanted,
+                best,
+                True,
+                True,
+                0,
+                C_BLOCK,
+                NEAR,
+            )
+            low = tl.maximum(low, heavy)
+    tl.store(bounds + r, score_of(low))
     tl.store(row_bests + r, best)
     tl.store(num_found + r, 0)
 
@@ -274,6 +335,7 @@ def _gather(
     V,
     CHUNK: tl.constexpr,
     CAPACITY: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
@@ -286,73 +348,35 @@ def _gather(
         place = tl.atomic_add(num_found + r, count, sem="relaxed")
         place += tl.cumsum(is_found.to(tl.int32)) - 1
         is_found &= place < CAPACITY
-        tl.store(found + r * CAPACITY + place, key_of(x, tokens), mask=is_found)
+        tl.store(found + r * CAPACITY + place, key_of(x, tokens, BITS), mask=is_found)
 
 
 @triton.jit
-def _at_least(row, V, order, best, MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """How many of a row's tokens have a score of this order or a better one, or their mass. fp64, both."""
-    total = tl.zeros((CHUNK,), tl.float64)
-    for start in range(0, V, CHUNK):
-        tokens = start + tl.arange(0, CHUNK)
-        x = tl.load(row + tokens, mask=tokens < V, other=MINUS_INF)
-        is_in = (_order(x) >= order) & (x > MINUS_INF)
-        if tl.max(is_in.to(tl.int32)) > 0:
-            total += tl.where(is_in, _mass(x, best) if MASS else 1.0, 0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _crossing(row, V, low, high, wanted, best, MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """The largest order of a score, in low..high, at or above which there are as many, or as much, as wanted."""
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        if _at_least(row, V, middle, best, MASS, CHUNK) >= wanted:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
-def _limit_of_many(row, V, k, p, mass, best, CHUNK: tl.constexpr):
-    """By bisection over the row itself; `mass` is that of the whole row."""
-    order = _order(
-        MINUS_INF + tl.zeros((1,), tl.float32)
-    ).max()  # forbidden ones may stay: they are -inf
-    top = _order(best.to(tl.float32))
-    kept = V.to(tl.float64)  # of those of this order, the first so many
+def _least_kept(
+    keys,
+    ones,
+    masses,
+    V,
+    k,
+    p,
+    mass,
+    bound,
+    best,
+    FEW: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The key of the last token that top-k and top-p keep. `mass` is that of the row."""
+    low = order_of(bound) << BITS
+    high = (order_of(best.to(tl.float32)) << BITS) + (1 << BITS) - 1
     if (k > 0) & (k < V):
-        order = _crossing(row, V, order, top, k, best, False, CHUNK)
-        kept = k - _at_least(row, V, order + 1, best, False, CHUNK)
+        low = _crossing(keys, ones, V, low, high, k, best, FEW, False, BITS, BLOCK, 0)
         if p < 1.0:
-            each = _mass(score_of(order << 32), best)
-            mass = _at_least(row, V, order + 1, best, True, CHUNK) + kept * each
+            mass = _at_least(keys, masses, V, low, best, FEW, True, BITS, BLOCK)
     if p < 1.0:
         wanted = p.to(tl.float64) * mass
-        crossing = _crossing(row, V, order, top, wanted, best, True, CHUNK)
-        lacking = wanted - _at_least(row, V, crossing + 1, best, True, CHUNK)
-        each = _mass(score_of(crossing << 32), best)
-        enough = tl.where(each > 0, tl.ceil(lacking / tl.where(each > 0, each, 1.0)), 0.0)
-        kept = tl.where(crossing == order, tl.minimum(kept, enough), enough)
-        order = crossing
-    return _last_of_equals(row, V, order, kept.to(tl.int32), CHUNK)
-
-
-@triton.jit
-def _last_of_equals(row, V, order, kept, CHUNK: tl.constexpr):
-    """The key of the `kept`-th token with a score of this order; where there are not so many, one below all of them."""
-    seen, last = kept * 0, order << 32
-    for start in range(0, V, CHUNK):
-        tokens = start + tl.arange(0, CHUNK)
-        x = tl.load(row + tokens, mask=tokens < V, other=MINUS_INF)
-        is_equal = (_order(x) == order) & (tokens < V)
-        place = seen + tl.cumsum(is_equal.to(tl.int32))
-        last = tl.maximum(
-            last, tl.max(tl.where(is_equal & (place == kept), key_of(x, tokens), last))
-        )
-        seen += tl.sum(is_equal.to(tl.int32))
-    return last
+        low = _crossing(keys, masses, V, low, high, wanted, best, FEW, True, BITS, BLOCK, 0)
+    return low
 
 
 @triton.jit
@@ -360,6 +384,7 @@ def _limit(
     limits,  # int64 [R]: the least key that is kept
     found,  # int64 [R, CAPACITY]
     num_found,  # int32 [R]
+    bounds,  # fp32 [R]
     row_bests,  # fp64 [R]
     row_masses,  # fp64 [R]
     scores,  # fp32 [R, V]
@@ -368,34 +393,26 @@ def _limit(
     top_p,  # fp32 [R]
     min_p,  # fp32 [R]
     V,
-    CHUNK: tl.constexpr,
     CAPACITY: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
         return
-    k, p, best = tl.load(top_k + r), tl.load(top_p + r), tl.load(row_bests + r)
-    count, mass, limit = tl.load(num_found + r), best, LOWEST
-    has_k = (k > 0) & (k < V)
+    k, p, count = tl.load(top_k + r), tl.load(top_p + r), tl.load(num_found + r)
+    best, bound = tl.load(row_bests + r), tl.load(bounds + r)
+    mass = best  # any fp64
     if p < 1.0:
         mass = tl.load(row_masses + r)
     if count > CAPACITY:
-        if has_k | (p < 1.0):
-            limit = _limit_of_many(scores + r * V, V, k, p, mass, best, CHUNK)
+        row = scores + r * V
+        limit = _least_kept(row, 0, 0, V, k, p, mass, bound, best, False, BITS, CAPACITY)
     else:
         i = tl.arange(0, CAPACITY)
         keys = tl.load(found + r * CAPACITY + i, mask=i < count, other=LOWEST)
-        keys = tl.sort(keys, descending=True)
-        is_kept = i < count
-        if has_k:
-            is_kept &= i < k
-        if p < 1.0:
-            each = tl.where(is_kept, _mass(score_of(keys), best), 0.0)
-            if has_k:
-                mass = tl.sum(each)
-            before = tl.cumsum(each) - each
-            is_kept &= (i == 0) | (before < p.to(tl.float64) * mass)
-        limit = tl.min(tl.where(is_kept, keys, HIGHEST))
+        ones = tl.where(i < count, 1.0, 0.0).to(tl.float64)
+        masses = tl.where(i < count, mass_of(score_of(keys >> BITS), best), 0.0)
+        limit = _least_kept(keys, ones, masses, V, k, p, mass, bound, best, True, BITS, CAPACITY)
     tl.store(limits + r, limit)
 
 
@@ -415,16 +432,17 @@ def _apply(
     V,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
         return
     tokens = c * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(scores + r * V + tokens, mask=tokens < V, other=MINUS_INF)
-    is_kept = (key_of(x, tokens) >= tl.load(limits + r)) & (x > MINUS_INF)
+    is_kept = (key_of(x, tokens, BITS) >= tl.load(limits + r)) & (x > MINUS_INF)
     least = tl.load(min_p + r)
     if least > 0.0:
-        is_kept &= _mass(x, tl.load(row_bests + r)) >= least.to(tl.float64)
+        is_kept &= mass_of(x, tl.load(row_bests + r)) >= least.to(tl.float64)
     x = tl.where(is_kept, x, MINUS_INF)
     tl.store(scores + r * V + tokens, x, mask=tokens < V)
     if tl.max(is_kept.to(tl.int32)) > 0:
@@ -469,7 +487,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
     ) -> None:
         """See `kernels.sample`."""
         R, V = logits_RV.shape
-        C = triton.cdiv(V, CHUNK)
+        C, bits = triton.cdiv(V, CHUNK), max(V - 1, 1).bit_length()
+        capacity = min(CAPACITY, 1 << bits)
         bests, masses = (
             scratch("bests", torch.float64, R, C),
             scratch("masses", torch.float64, R, C),
@@ -480,10 +499,10 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         row_bests = scratch("row_bests", torch.float64, R)
         row_masses = scratch("row_masses", torch.float64, R)
         num_found, limits = scratch("num_found", torch.int32, R), scratch("limits", torch.int64, R)
-        found = scratch("found", torch.int64, R, CAPACITY)
+        found = scratch("found", torch.int64, R, capacity)
         filters = (temperature_R, top_k_R, top_p_R, min_p_R)
         noise = (seeds_R, positions_R)
-        sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": CAPACITY}
+        sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": capacity, "BITS": bits}
         sizes |= {"C_BLOCK": triton.next_power_of_2(C)}
         sizes |= {"GROUP_BLOCK": triton.next_power_of_2(C * GROUPS)}
 
@@ -498,11 +517,11 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         args = (bounds, row_bests, row_masses, num_found, bests, masses, group_bests, *filters, V)
         launch(_bound, args, "C GROUPS C_BLOCK GROUP_BLOCK", is_row=True)
         args = (found, num_found, scores_RV, bounds, *filters, V)
-        launch(_gather, args, "CHUNK CAPACITY", is_row=False)
-        args = (limits, found, num_found, row_bests, row_masses, scores_RV, *filters, V)
-        launch(_limit, args, "CHUNK CAPACITY", is_row=True)
+        launch(_gather, args, "CHUNK CAPACITY BITS", is_row=False)
+        args = (limits, found, num_found, bounds, row_bests, row_masses, scores_RV, *filters, V)
+        launch(_limit, args, "CAPACITY BITS", is_row=True)
         args = (scores_RV, bests, winners, limits, row_bests, *filters, *noise, V)
-        launch(_apply, args, "C CHUNK", is_row=False)
+        launch(_apply, args, "C CHUNK BITS", is_row=False)
         launch(_choose, (tokens_R, bests, winners), "C C_BLOCK", is_row=True)
 
     return run

@@ -23,7 +23,7 @@ def test_list_prints_every_variant_and_its_targets(capsys):
 
 
 def test_build_compiles_once_for_a_folder_without_weights(capsys, tmp_path):
-    kind, overrides = MODELS["llama"]
+    kind, overrides = MODELS["llama-bf16"]
     model = make_checkpoint(tmp_path / "model", kind, **overrides)
     for weights in model.glob("*.safetensors"):
         weights.unlink()

@@ -165,6 +165,4 @@ def test_kernels_without_triton_say_what_to_install():
     words = [sys.executable, "-c", WITHOUT_TRITON]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"vivace: error: .*triton.*; install vivace\[gpu\]", done.stderr.strip()
-    )
+    assert re.fullmatch(r"vivace: error: .*triton.*; install vivace\[gpu\]", done.stderr.strip())

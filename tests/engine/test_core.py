@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from tests.architectures import qwen3_moe
 from tests.architectures.phi3 import LONGROPE
 from tests.step_driver import make_driver
 from tests.tiny_models import make_checkpoint
@@ -188,6 +190,28 @@ def test_windows_and_long_rope_change_nothing_of_what_a_request_gets(checkpoint)
     assert loads.num_cached_tokens > 0 and loads.num_preemptions > 0
     driver = make_driver(checkpoint, load(Backend.CPU, threads=1))
     assert tokens == [driver.greedy([prompt], 50)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("backend", (Backend.CPU, Backend.REFERENCE))
+def test_choices_of_experts_are_counted(tmp_path, backend):
+    fields = qwen3_moe.TINY["qwen3-moe"]
+    config = Config(
+        model=make_checkpoint(tmp_path, "qwen3_moe", **fields),
+        backend=backend,
+        cache=CacheConfig(memory_bytes=1 << 20),
+    )
+    engine = core.load(config, lambda done, total: None)
+    assert not np.any(engine.loads().expert_loads)
+    for i in range(3):
+        engine.add(EngineRequest(str(i), tuple(range(10 * i, 10 * i + 7 + i)), GREEDY), 0.0)
+    while engine.has_work:
+        engine.step(0.0)
+    loads = engine.loads()
+    first, last = np.array(loads.expert_loads)
+    per_token = fields["num_experts_per_tok"]
+    assert len(first) == fields["num_experts"]
+    assert first.sum() == per_token * loads.num_tokens_computed
+    assert last.sum() == per_token * loads.num_tokens_generated  # no other row goes on
 
 
 def test_a_model_with_windows_gives_blocks_back_while_it_generates(tmp_path):

@@ -37,6 +37,7 @@ LOGPROB = st.floats(max_value=0, allow_nan=False)  # minus infinity included
 SECONDS = st.floats(0, 1e9)
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
+LOADS = st.builds(Loads, COUNT, COUNT, expert_loads=st.tuples(st.tuples(COUNT, COUNT)))
 LOGPROBS = st.builds(
     TokenLogprobs,
     TOKEN,
@@ -133,7 +134,7 @@ FROM_ENGINE = {
     wire.PromptLogprobs: st.builds(wire.PromptLogprobs, TEXT, PIECE),
     wire.Events: st.builds(wire.Events, st.lists(EVENT, max_size=3)),
     wire.Refused: st.builds(wire.Refused, TEXT, TEXT, TEXT),
-    wire.LoadsReply: st.builds(wire.LoadsReply, COUNT, st.builds(Loads, COUNT, COUNT)),
+    wire.LoadsReply: st.builds(wire.LoadsReply, COUNT, LOADS),
     wire.Beat: st.builds(wire.Beat, st.booleans(), COUNT),
 }
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from vivace.kernels.backend import Ops
+from vivace.kernels import moe_assign
+from vivace.kernels.backend import Backend, Ops, load
 from vivace.kernels.buffer import DType
 from vivace.kernels.gated import ACTIVATIONS
 from vivace.kernels.moe_route import SCORINGS
 
 Array = np.ndarray[Any, Any]
 Attrs = dict[str, Any]
+Outs = tuple[tuple[tuple[int, ...], DType], ...]
 FP32, INT32 = DType.FP32, DType.INT32
 MATRICES = {  # which input of an op may be bf16
     "linear": 1,
@@ -42,7 +44,7 @@ class OpCase:
 
     name: str
     op: str
-    outs: tuple[tuple[tuple[int, ...], DType], ...]
+    outs: Outs
     ins: tuple[Array | Cache | None, ...]
     attrs: Attrs
     tolerance: float = 1e-5
@@ -146,6 +148,9 @@ def op_cases() -> Iterator[OpCase]:
         outs, ins = (((T, N), FP32),), (_normal(rng, T, K), _normal(rng, N, K))
         yield OpCase(f"linear {T}x{N}x{K}", "linear", outs, ins, {})
         yield OpCase(f"linear+bias {T}x{N}x{K}", "linear", outs, (*ins, _normal(rng, N)), {})
+        small = (ins[0], (_normal(rng, N, K).view(np.uint32) >> 16).astype(np.uint16))
+        # where the product is one of bf16, x is rounded: 2^-9 of each, and they add up at random
+        yield OpCase(f"linear bf16 {T}x{N}x{K}", "linear", outs, small, {}, 5e-3)
     for T, M in ((1, 256), (7, 33), (129, 512)):
         yield from _row_cases(rng, T, M)
     yield from _rope_cases(rng)
@@ -155,7 +160,7 @@ def op_cases() -> Iterator[OpCase]:
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
         yield from _expert_cases(rng, T, E, K)
-    for R, V in ((1, 17), (5, 260), (33, 4096)):
+    for R, V in ((1, 17), (5, 260), (33, 4096), (9, 151_936)):
         yield from _sampler_cases(rng, R, V)
 
 
@@ -296,6 +301,28 @@ def _expert_cases(rng: np.random.Generator, T: int, E: int, K: int) -> Iterator[
     for more in ((), (_normal(rng, T, M),), (_normal(rng, T, M), _normal(rng, T, 1))):
         name = f"moe_combine, {('alone', 'shared', 'gated')[len(more)]} {at}"
         yield OpCase(name, "moe_combine", out, (y, weights, *more), {})
+
+
+def fused_cases() -> Iterator[OpCase]:
+    """Ops of fused programs, which the CPU does not have: tiles of every size, few experts and many."""
+    rng = np.random.default_rng(6)
+    reference = load(Backend.REFERENCE, device="cpu")
+    for T, E, K in ((1, 128, 8), (7, 60, 4), (40, 8, 2), (129, 64, 8), (600, 64, 8), (1100, 16, 2)):
+        N, M, at = 66, 72, f"{T}x{E}x{K}"
+        experts = np.argsort(rng.random((T, E)), axis=1)[:, :K].astype(np.int32)
+        outs: Outs = (((T, K), INT32), ((T, K, 3), INT32))
+        attrs: Attrs = {"num_experts": E}
+        case = OpCase(f"moe_assign {at}", "moe_assign", outs, (experts,), attrs, 0.0)
+        if moe_assign.tile_rows(T * K, E) > 1:  # else nothing is written
+            yield case
+        assignment = _run(case, reference)
+        weight, bias = _normal(rng, E, N, M), _normal(rng, E, N)
+        for activation in ACTIVATIONS:
+            ins = (_normal(rng, T, M), experts, *assignment, weight, bias)
+            outs, attrs = (((T, K, N // 2), FP32),), {"activation": activation}
+            yield OpCase(f"expert_gated, {activation} {at}", "expert_gated", outs, ins, attrs)
+        ins = (_normal(rng, T, K, M), experts, *assignment, weight)
+        yield OpCase(f"expert_down {at}", "expert_down", (((T, K, N), FP32),), ins, {})
 
 
 def _sampler_cases(rng: np.random.Generator, R: int, V: int) -> Iterator[OpCase]:

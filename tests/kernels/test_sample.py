@@ -2,6 +2,7 @@
 
 import json
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.kernels.arrays import EVERYWHERE, ISAS, close, ops_of, out, run
+from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, TRITON, close, ops_of, out, run
 from vivace.kernels.backend import Backend
 
 each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
@@ -250,29 +251,40 @@ def adjusted_rows(draw):
     return logits, columns | {"penalized": penalized, "bias": bias}
 
 
-@given(adjusted_rows())
-def test_both_backends_adjust_to_the_last_bit(case):
-    logits, settings = case
+def same_as_reference(backends, logits, settings):
+    """Tokens and scores, to the last bit."""
     want, scores = sample(ops_of(Backend.REFERENCE), logits, **settings)
-    for isa in ISAS:
-        got, ours = sample(ops_of(isa), logits, **settings)
+    for backend in backends:
+        got, ours = sample(ops_of(backend, 2), logits, **settings)
         assert np.array_equal(got, want)
         assert np.array_equal(ours, scores)
         assert not np.isnan(ours).any()
 
 
+@given(adjusted_rows())
+def test_both_backends_adjust_to_the_last_bit(case):
+    same_as_reference(ISAS, *case)
+
+
+@pytest.mark.triton
+@hypothesis.settings(max_examples=15)
+@given(adjusted_rows())
+def test_triton_adjusts_to_the_last_bit(case):
+    same_as_reference([Backend.TRITON], *case)
+
+
 @each_backend
 def test_the_scores_are_the_distribution_that_was_asked_for(backend):
     """Against an oracle in fp64 that sorts."""
-    rng = np.random.default_rng(1)
-    logits = (3 * rng.standard_normal((40, 50))).astype(np.float32)
-    temperature = rng.uniform(0.3, 2, 40).astype(np.float32)
-    top_k, top_p = rng.integers(0, 50, 40), rng.uniform(0.2, 1, 40).astype(np.float32)
-    min_p = (rng.uniform(0, 0.2, 40) * rng.integers(0, 2, 40)).astype(np.float32)
+    rng, R = np.random.default_rng(1), 10 if backend is Backend.TRITON else 40
+    logits = (3 * rng.standard_normal((R, 50))).astype(np.float32)
+    temperature = rng.uniform(0.3, 2, R).astype(np.float32)
+    top_k, top_p = rng.integers(0, 50, R), rng.uniform(0.2, 1, R).astype(np.float32)
+    min_p = (rng.uniform(0, 0.2, R) * rng.integers(0, 2, R)).astype(np.float32)
     _, scores = sample(
         ops_of(backend), logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    for r in range(40):
+    for r in range(R):
         scaled = logits[r] / temperature[r]
         order = np.argsort(-scaled, kind="stable")
         order = order[: top_k[r] or None]
@@ -294,7 +306,7 @@ def test_the_draw_is_the_contracts(backend):
         assert tokens[r] == np.argmax(scores[r].astype(np.float64) + noise)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda one: one.value)
 def test_draws_follow_the_probabilities(backend):
     probability = np.float32([0.5, 0.3, 0.15, 0.05])
     R = 20_000
@@ -320,6 +332,28 @@ def test_both_backends_draw_the_same_tokens_from_the_same_scores(R, V):
 @pytest.mark.parametrize("kind", ("peaked", "normal", "flat", "whole"))
 def test_vocabularies_of_any_size_and_shape_give_the_tokens_of_the_reference(V, kind):
     """Few and many candidates for the filters, with ties (whole numbers), and draws from rows that are not filtered."""
+    same_as_reference(ISAS, *rows_of_a_vocabulary(V, kind))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("V", "kind"),
+    [
+        (1, "flat"),
+        (17, "whole"),
+        (4099, "peaked"),
+        (4099, "whole"),
+        (9001, "normal"),
+        (9001, "flat"),
+    ],
+)
+def test_vocabularies_of_any_size_and_shape_give_the_tokens_of_the_reference_in_triton(V, kind):
+    """The same; past 4,096 candidates a row is searched otherwise."""
+    same_as_reference([Backend.TRITON], *rows_of_a_vocabulary(V, kind))
+
+
+def rows_of_a_vocabulary(V, kind):
+    """Logits, and a row for each of many settings."""
     rng = np.random.default_rng(V)
     settings = [
         {}, {"top_k": 1}, {"top_k": 50}, {"top_k": 2000}, {"top_p": 0.9}, {"top_p": 0.1},
@@ -333,15 +367,16 @@ def test_vocabularies_of_any_size_and_shape_give_the_tokens_of_the_reference(V, 
     scale = {"peaked": 8, "normal": 3, "flat": 0.01, "whole": 2}[kind]
     logits = np.rint(scale * logits) if kind == "whole" else np.float32(scale) * logits
     logits[:, rng.integers(0, V, V // 3)] = -np.inf
-    want, scores = sample(ops_of(Backend.REFERENCE), logits, **columns)
-    for isa in ISAS:
-        got, ours = sample(ops_of(isa, 2), logits, **columns)
-        assert np.array_equal(got, want)
-        assert np.array_equal(ours, scores)
+    return logits, columns
 
 
-@each_backend
-@pytest.mark.parametrize("V", (50_000, 151_936))
+@pytest.mark.parametrize(
+    ("backend", "V"),
+    [
+        *((backend, V) for backend in BACKENDS for V in (50_000, 151_936)),
+        pytest.param(Backend.TRITON, 2100, marks=pytest.mark.triton),  # three programs a row
+    ],
+)
 @pytest.mark.parametrize("kind", ("normal", "equal", "rising"))
 def test_logprobs_of_a_large_vocabulary(backend, V, kind):
     rng = np.random.default_rng(V)
@@ -373,6 +408,32 @@ def test_neighbours_and_threads_change_no_draw():
         assert np.array_equal(got, want) and np.array_equal(same, scores)
     for r in (0, 13, 32):
         assert sample(ops_of(Backend.CPU), logits[r], seeds=7, **settings)[0] == want[r]
+
+
+@pytest.mark.triton
+def test_neighbours_change_no_draw_in_triton():
+    """Bitwise; rows with filters and without, with few candidates and with many, side by side and alone."""
+    rng, ops = np.random.default_rng(4), ops_of(Backend.TRITON)
+    logits = (3 * rng.standard_normal((5, 6000))).astype(np.float32)
+    columns = {
+        "temperature": [0.8, 0.8, 0, 2, 1],
+        "top_k": [50, 0, 0, 5000, 0],
+        "top_p": [0.9, 1, 1, 0.9, 0.95],
+    }
+    want, scores = sample(ops, logits, seeds=7, **columns)
+    for r in range(5):
+        alone = {name: values[r] for name, values in columns.items()}
+        got, same = sample(ops, logits[r], seeds=7, **alone)
+        assert got[0] == want[r] and np.array_equal(same[0], scores[r])
+
+
+@pytest.mark.triton
+def test_a_vocabulary_of_the_usual_size_gives_the_tokens_of_the_reference_in_triton():
+    """A top-k with a top-p, no filter, and a top-p alone of a peaked row, each spread over 149 programs."""
+    logits = np.random.default_rng(8).standard_normal((3, 151_936), dtype=np.float32)
+    logits *= np.float32([[3], [3], [8]])
+    columns = {"temperature": 0.7, "top_k": [50, 0, 0], "top_p": [0.9, 1, 0.95]}
+    same_as_reference([Backend.TRITON], logits, columns)
 
 
 @each_backend
@@ -422,9 +483,10 @@ def test_logprobs(backend, K):
     close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
 
 
-def test_rows_of_nan_give_some_token_and_touch_no_other_memory():
+@pytest.mark.parametrize("backend", (Backend.CPU, TRITON), ids=("cpu", "triton"))
+def test_rows_of_nan_give_some_token_and_touch_no_other_memory(backend):
     """A broken model's logits: what comes out means nothing, but ids stay in the vocabulary."""
-    ops = ops_of(Backend.CPU)
+    ops = ops_of(backend)
     logits = np.full((2, 8), np.nan, np.float32)
     for settings in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
         tokens, _ = sample(ops, logits, **settings)

@@ -1,11 +1,11 @@
-"""Messages of many logprobs: whole, and made while others have their turn."""
+"""Messages: whole; those of many logprobs are made while others have their turn."""
 
 import asyncio
 
 import pytest
 
 from vivace.engine.completion import TextEvent
-from vivace.engine.events import FinishReason, TokenLogprobs, Usage
+from vivace.engine.events import FinishReason, Loads, TokenLogprobs, Usage
 from vivace.engine.scoring import Score
 from vivace.serving import convert
 
@@ -49,3 +49,10 @@ def test_others_have_their_turn_while_a_large_message_is_made(make):
         assert [place.token_id for place in found] == list(range(3000))
         assert [place.logprob for place in found] == [place.logprob for place in PLACES]
     assert num_turns >= 2 * (len(PLACES) // convert.PLACES_AT_ONCE)
+
+
+def test_the_loads_of_experts_are_told_layer_by_layer():
+    message = convert.loads(Loads(num_steps=3, expert_loads=((1, 2, 0), (0, 0, 2**40))))
+    assert message.num_steps == 3 and message.num_running == 0
+    layers = [list(layer.num_tokens) for layer in message.expert_loads]
+    assert layers == [[1, 2, 0], [0, 0, 2**40]]

@@ -711,7 +711,7 @@ class GetLoadsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_blocks_used", "num_blocks_cached", "num_steps", "num_tokens_computed", "num_tokens_generated", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "num_requests_finished", "num_requests_aborted", "cancel_to_free_s", "expert_loads")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -726,6 +726,7 @@ class GetLoadsResponse(_message.Message):
     NUM_REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
     CANCEL_TO_FREE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOADS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -740,7 +741,14 @@ class GetLoadsResponse(_message.Message):
     num_requests_finished: int
     num_requests_aborted: int
     cancel_to_free_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ...) -> None: ...
+    expert_loads: _containers.RepeatedCompositeFieldContainer[ExpertLoads]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_aborted: _Optional[int] = ..., cancel_to_free_s: _Optional[float] = ..., expert_loads: _Optional[_Iterable[_Union[ExpertLoads, _Mapping]]] = ...) -> None: ...
+
+class ExpertLoads(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WatchLoadsRequest(_message.Message):
     __slots__ = ("model", "interval_ms")
