@@ -32,8 +32,13 @@ CANDIDATES = {
     }.items()
 }
 EXPECT = {
-    "sm_80": {"_expert_gated": ("16-byte loads",)},
-    "sm_90": {"_expert_gated": ("16-byte loads",)},
+    "sm_80": {"_expert_gated": ("16-byte loads",), "_expert_gated *bf16:16": ("HMMA",)},
+    "sm_90": {
+        "_expert_gated": ("16-byte loads",),
+        "_expert_gated *bf16:16 BLOCK_M=16": ("HMMA",),
+        "_expert_gated *bf16:16 BLOCK_M=64": ("HGMMA",),
+        "_expert_gated *bf16:16 BLOCK_M=128": ("HGMMA",),
+    },
 }
 
 

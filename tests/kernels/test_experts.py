@@ -70,6 +70,14 @@ def test_all_slots_may_be_of_one_expert(backend):
             check_assignment(experts, E, *assign(ops_of(backend), experts, E))
 
 
+@pytest.mark.triton
+def test_an_expert_may_have_more_tiles_than_are_written_at_once(monkeypatch):
+    monkeypatch.setattr(assign_kernels, "COUNTED", Config({"BLOCK": 4}))
+    for expert in (0, 8):
+        experts = np.full((140, 1), expert, np.int32)
+        check_assignment(experts, 9, *assign(ops_of(Backend.TRITON), experts, 9))
+
+
 @each_backend
 def test_where_hardly_two_slots_meet_nothing_is_assigned(backend):
     assert (tile_rows(2, 8), tile_rows(3, 8), max_tiles(2, 8)) == (1, 16, 2)
@@ -214,6 +222,18 @@ def test_a_row_in_a_batch_is_the_row_alone(stored, monkeypatch):
             got = apply(ops, values[rows], experts[rows], weight)
             assert np.array_equal(got[T // 2], want[0])
             assert np.array_equal(got, apply(ops, values[rows], experts[rows], weight))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("stored", ("fp16", "bf16"))
+def test_rows_are_rounded_to_the_weights_type(stored):
+    ops, experts = ops_of(Backend.TRITON), np.int32([[0], [1]])
+    weight = STORED[stored][0](np.ones((2, 2, 1), np.float32))
+    x = np.float32([[1 + 2**-12], [1 + 2**-7 - 2**-12]])
+    rounded = np.float32([[[1.0] * 2], [[1 + 2**-7] * 2]])
+    assert np.array_equal(down(ops, x[:, None], experts, weight), rounded)
+    want = gated(ops, rounded[:, 0, :1].copy(), experts, weight)
+    assert np.array_equal(gated(ops, x, experts, weight), want)
 
 
 @pytest.mark.triton

@@ -75,8 +75,9 @@ def test_only_experts_of_the_best_groups_are_chosen(
     logits, bias = 2 * normal(rng, T, E), normal(rng, E) if has_bias else None
     groups = {"num_groups": num_groups, "top_groups": top_groups}
     for K in {1, min(4, top_groups * (E // num_groups)), min(8, top_groups * (E // num_groups))}:
-        weights, experts = route(ops_of(backend), logits, K, bias, scoring=scoring, **groups)
-        want, chosen = wanted_route(logits, K, bias, scoring, False, **groups)
+        kind = {"scoring": scoring, "renormalize": K > 1, **groups}
+        weights, experts = route(ops_of(backend), logits, K, bias, **kind)
+        want, chosen = wanted_route(logits, K, bias, **kind)
         assert np.array_equal(experts, chosen)
         assert np.allclose(weights, want, rtol=1e-6, atol=0)
 

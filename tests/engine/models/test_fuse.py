@@ -1,6 +1,7 @@
 """Fused programs: the same numbers from fewer ops, and nothing touched that does not match."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ EXPERTS = (
     "mixtral-window",
     "olmoe",
 )
+MOE_OPS = ("moe_route", "moe_assign", "expert_gated", "expert_down", "moe_combine")
 T, K, E, F, M = Symbol.T, 2, 4, 6, 8
 
 
@@ -53,6 +55,19 @@ def test_a_fused_program_gives_the_same_logits(name, tmp_path):
     assert layers > 0 and after["expert_linear"] == 0
     assert after["moe_assign"] == after["expert_gated"] == after["expert_down"] == layers
     assert after["gated"] == before["gated"] - layers  # what is left: shared experts and MLPs
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", ("qwen3-moe", "qwen2-moe-dense-layers", "gpt-oss"))
+def test_experts_on_triton_give_the_logits_of_the_reference(name, tmp_path):
+    """All else is the reference's here: an assignment must last until its last reader."""
+    directory, reference = checkpoint(tmp_path, name), ops_of(Backend.REFERENCE)
+    triton = ops_of(Backend.TRITON)
+    mixed = replace(reference, **{op: getattr(triton, op) for op in MOE_OPS})
+    tokens = np.random.default_rng(1).integers(0, 256, 18).tolist()
+    want = make_driver(directory, reference).prompt_logits(tokens, 18)
+    got = make_driver(directory, mixed, rewrite=fuse).prompt_logits(tokens, 17)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name not in EXPERTS])
