@@ -16,11 +16,11 @@ import triton.language as tl
 from vivace.kernels.gpu.launcher import Config, Launcher
 
 DEFAULTS = {
-    "T<=16": Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, num_stages=5),
+    "T<=16": Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}, num_stages=5),
     "T<=64": Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_stages=4),
     "T>64": Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
     "fp32, T<=16": Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, num_stages=3),
-    "fp32, T>16": Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
+    "fp32, T>16": Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8),
 }
 EXPECT = {
     "sm_80": {"_linear": ("16-byte loads",), "_linear *bf16:16": ("HMMA",)},

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
-from vivace.kernels.sample.triton import CHUNK, LOWEST, MINUS_INF, finite, key_of, mass_of, score_of
+from vivace.kernels.gpu.row_search import LOWEST, MINUS_INF, finite, key_of, mass_of, score_of
+
+CHUNK = 1024
 
 CHUNKS = Config()
 ROWS = Config()

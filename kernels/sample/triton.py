@@ -21,6 +21,17 @@ import triton
 import triton.language as tl
 
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.gpu.row_search import (
+    LOWEST,
+    MINUS_INF,
+    at_least,
+    crossing,
+    finite,
+    key_of,
+    mass_of,
+    order_of,
+    score_of,
+)
 
 CHUNK = 1024
 GROUPS = 16  # of a chunk
@@ -28,40 +39,6 @@ CAPACITY = 4096
 NEAR = tl.constexpr(1 << 12)  # of the places of a score among all fp32: a bound need not be exact
 CHUNKS = Config()
 ROWS = Config(num_warps=16)
-MINUS_INF = tl.constexpr(-float("inf"))
-LOWEST = tl.constexpr(-(2**63))  # below every key
-
-
-@triton.jit
-def order_of(scores):
-    """int64 that compare as fp32 does, 0 and -0 alike."""
-    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-
-
-@triton.jit
-def score_of(order):
-    """The inverse of `order_of`."""
-    bits = order.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def key_of(scores, tokens, BITS: tl.constexpr):
-    """int64 of which the larger is the better token, ties to the lower id; no two of a row are equal. V <= 2^BITS."""
-    return (order_of(scores) << BITS) + ((1 << BITS) - 1 - tokens)
-
-
-@triton.jit
-def mass_of(scores, best):
-    """What scores weigh beside the best of their row, fp64."""
-    return tl.exp(scores.to(tl.float64) - best)
-
-
-@triton.jit
-def finite(best):
-    """0 for the best of a row of which all is forbidden: it can be subtracted."""
-    return tl.where(best == MINUS_INF, 0.0, best)
 
 
 @triton.jit
@@ -211,57 +188,6 @@ def _adjust(
 
 
 @triton.jit
-def _at_least(
-    keys,
-    weights,
-    V,
-    least,
-    best,
-    FEW: tl.constexpr,
-    MASS: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many keys are not under one, or their mass, in fp64. FEW: of keys and weights in registers; or of a row of scores."""
-    if FEW:
-        total = tl.where(keys >= least, weights, 0.0)
-    else:
-        total = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, V, BLOCK):
-            tokens = start + tl.arange(0, BLOCK)
-            x = tl.load(keys + tokens, mask=tokens < V, other=MINUS_INF)
-            is_in = (key_of(x, tokens, BITS) >= least) & (x > MINUS_INF)
-            if tl.max(is_in.to(tl.int32)) > 0:
-                total += tl.where(is_in, mass_of(x, best) if MASS else 1.0, 0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _crossing(
-    keys,
-    weights,
-    V,
-    low,
-    high,
-    wanted,
-    best,
-    FEW: tl.constexpr,
-    MASS: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLACK: tl.constexpr,
-):
-    """The largest key of low..high, or one at most SLACK under it, at and above which there is as much as wanted."""
-    while high - low > SLACK:
-        middle = low + ((high - low + 1) >> 1)
-        if _at_least(keys, weights, V, middle, best, FEW, MASS, BITS, BLOCK) >= wanted:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
 def _bound(
     bounds,  # fp32 [R]: below it nothing is kept
     row_bests,  # fp64 [R]
@@ -292,7 +218,7 @@ def _bound(
     lowest, top = order_of(best.to(tl.float32) * 0.0 + MINUS_INF), order_of(best.to(tl.float32))
     low = lowest
     if (k > 0) & (k < V):  # k groups have a token as good
-        low = _crossing(orders, ones, V, low, top, k, best, True, False, 0, C_BLOCK, NEAR)
+        low = crossing(orders, ones, V, low, top, k, best, True, False, 0, C_BLOCK, NEAR)
     elif least > 0.0:  # a little less, for what fp32 rounds
         share = best + tl.log(least.to(tl.float64))
         low = order_of((share - 1e-6 * tl.abs(share) - 1e-9).to(tl.float32))
@@ -302,7 +228,7 @@ def _bound(
         tl.store(row_masses + r, mass)
         if (k == 0) | (k >= V):  # the best of the groups alone weigh enough
             wanted = p.to(tl.float64) * mass * (1 + 1e-12)
-            heavy = _crossing(
+            heavy = crossing(
                 orders,
                 mass_of(heads, best),
                 V,
@@ -370,12 +296,12 @@ def _least_kept(
     low = order_of(bound) << BITS
     high = (order_of(best.to(tl.float32)) << BITS) + (1 << BITS) - 1
     if (k > 0) & (k < V):
-        low = _crossing(keys, ones, V, low, high, k, best, FEW, False, BITS, BLOCK, 0)
+        low = crossing(keys, ones, V, low, high, k, best, FEW, False, BITS, BLOCK, 0)
         if p < 1.0:
-            mass = _at_least(keys, masses, V, low, best, FEW, True, BITS, BLOCK)
+            mass = at_least(keys, masses, V, low, best, FEW, True, BITS, BLOCK)
     if p < 1.0:
         wanted = p.to(tl.float64) * mass
-        low = _crossing(keys, masses, V, low, high, wanted, best, FEW, True, BITS, BLOCK, 0)
+        low = crossing(keys, masses, V, low, high, wanted, best, FEW, True, BITS, BLOCK, 0)
     return low
 
 
@@ -483,28 +409,32 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         min_p_R: torch.Tensor,
         seeds_R: torch.Tensor,
         positions_R: torch.Tensor,
-        *adjustments: torch.Tensor,
+        repetition_R: torch.Tensor,
+        frequency_R: torch.Tensor,
+        presence_R: torch.Tensor,
+        penalty_starts: torch.Tensor,
+        penalty_ids: torch.Tensor,
+        penalty_counts: torch.Tensor,
+        bias_starts: torch.Tensor,
+        bias_ids: torch.Tensor,
+        bias_values: torch.Tensor,
     ) -> None:
         """See `kernels.sample`."""
         R, V = logits_RV.shape
         C, bits = triton.cdiv(V, CHUNK), max(V - 1, 1).bit_length()
         capacity = min(CAPACITY, 1 << bits)
-        bests, masses = (
-            scratch("bests", torch.float64, R, C),
-            scratch("masses", torch.float64, R, C),
-        )
+        bests, masses = (scratch(name, torch.float64, R, C) for name in ("bests", "masses"))
         winners = scratch("winners", torch.int32, R, C)
         group_bests = scratch("group_bests", torch.float32, R, C * GROUPS)
         bounds = scratch("bounds", torch.float32, R)
-        row_bests = scratch("row_bests", torch.float64, R)
-        row_masses = scratch("row_masses", torch.float64, R)
+        names = "row_bests", "row_masses"
+        row_bests, row_masses = (scratch(name, torch.float64, R) for name in names)
         num_found, limits = scratch("num_found", torch.int32, R), scratch("limits", torch.int64, R)
         found = scratch("found", torch.int64, R, capacity)
-        filters = (temperature_R, top_k_R, top_p_R, min_p_R)
-        noise = (seeds_R, positions_R)
+        filters, noise = (temperature_R, top_k_R, top_p_R, min_p_R), (seeds_R, positions_R)
         sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": capacity, "BITS": bits}
-        sizes |= {"C_BLOCK": triton.next_power_of_2(C)}
-        sizes |= {"GROUP_BLOCK": triton.next_power_of_2(C * GROUPS)}
+        blocks = triton.next_power_of_2(C), triton.next_power_of_2(C * GROUPS)
+        sizes |= zip(("C_BLOCK", "GROUP_BLOCK"), blocks, strict=True)
 
         def launch(kernel: object, args: tuple[object, ...], names: str, *, is_row: bool) -> None:
             constexprs = {name: sizes[name] for name in names.split()}
@@ -512,7 +442,9 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             launcher.launch(kernel, grid, args, constexprs, rows if is_row else chunks)
 
         args: tuple[object, ...] = (scores_RV, bests, winners, masses, group_bests, logits_RV)
-        args = (*args, *filters, *noise, *adjustments, V)
+        args = (*args, *filters, *noise, repetition_R, frequency_R, presence_R)
+        args = (*args, penalty_starts, penalty_ids, penalty_counts)
+        args = (*args, bias_starts, bias_ids, bias_values, V)
         launch(_adjust, args, "C CHUNK GROUPS", is_row=False)
         args = (bounds, row_bests, row_masses, num_found, bests, masses, group_bests, *filters, V)
         launch(_bound, args, "C GROUPS C_BLOCK GROUP_BLOCK", is_row=True)

@@ -370,34 +370,6 @@ def rows_of_a_vocabulary(V, kind):
     return logits, columns
 
 
-@pytest.mark.parametrize(
-    ("backend", "V"),
-    [
-        *((backend, V) for backend in BACKENDS for V in (50_000, 151_936)),
-        pytest.param(Backend.TRITON, 2100, marks=pytest.mark.triton),  # three programs a row
-    ],
-)
-@pytest.mark.parametrize("kind", ("normal", "equal", "rising"))
-def test_logprobs_of_a_large_vocabulary(backend, V, kind):
-    rng = np.random.default_rng(V)
-    logits = rng.standard_normal((2, V), dtype=np.float32)
-    if kind != "normal":
-        logits[:] = 0 if kind == "equal" else np.arange(V) / 1000
-    ops, tokens = ops_of(backend, 2), np.int32([0, V - 1])
-    outs = [out(ops, 2), out(ops, 2, dtype=np.int32)]
-    outs += [out(ops, 2, 20, dtype=np.int32), out(ops, 2, 20)]
-    chosen, ranks, ids, best = run(ops, "logprobs", outs, logits, tokens)
-    wide = logits.astype(np.float64)
-    want = wide - wide.max(1, keepdims=True)
-    want -= np.log(np.exp(want).sum(1, keepdims=True))
-    close(chosen, want[[0, 1], tokens], 1e-6)
-    assert ranks.tolist() == [
-        1 + int((row > row[token]).sum()) for row, token in zip(logits, tokens, strict=True)
-    ]
-    assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :20])
-    close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
-
-
 def test_neighbours_and_threads_change_no_draw():
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((33, 100)).astype(np.float32)
@@ -459,30 +431,6 @@ def test_published_vectors(backend, shared_data):
         close(np.array(kept) / sum(kept), np.array(one["expected"]) / sum(one["expected"]))
 
 
-@each_backend
-@pytest.mark.parametrize("K", (0, 1, 5, 20))
-def test_logprobs(backend, K):
-    rng = np.random.default_rng(K)
-    R, V = 9, 20
-    logits = rng.integers(-3, 4, (R, V)).astype(np.float32)  # whole numbers: many ties
-    tokens = rng.integers(0, V, R).astype(np.int32)
-    ops = ops_of(backend, 2)
-    outs = [
-        out(ops, R),
-        out(ops, R, dtype=np.int32),
-        out(ops, R, K, dtype=np.int32),
-        out(ops, R, K),
-    ]
-    chosen, ranks, ids, best = run(ops, "logprobs", outs, logits, tokens)
-    wide = logits.astype(np.float64)
-    want = wide - np.log(np.exp(wide).sum(1, keepdims=True))
-    rows = np.arange(R)
-    close(chosen, want[rows, tokens], 1e-6)
-    assert ranks.tolist() == [1 + int((logits[r] > logits[r, tokens[r]]).sum()) for r in rows]
-    assert np.array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :K])
-    close(best, np.take_along_axis(want, ids.astype(np.int64), 1), 1e-6)
-
-
 @pytest.mark.parametrize("backend", (Backend.CPU, TRITON), ids=("cpu", "triton"))
 def test_rows_of_nan_give_some_token_and_touch_no_other_memory(backend):
     """A broken model's logits: what comes out means nothing, but ids stay in the vocabulary."""
@@ -491,11 +439,3 @@ def test_rows_of_nan_give_some_token_and_touch_no_other_memory(backend):
     for settings in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
         tokens, _ = sample(ops, logits, **settings)
         assert ((tokens >= 0) & (tokens < 8)).all()
-    outs = [
-        out(ops, 2),
-        out(ops, 2, dtype=np.int32),
-        out(ops, 2, 3, dtype=np.int32),
-        out(ops, 2, 3),
-    ]
-    _, _, ids, _ = run(ops, "logprobs", outs, logits, np.int32([0, 1]))
-    assert ((ids >= 0) & (ids < 8)).all()
