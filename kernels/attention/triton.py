@@ -69,6 +69,17 @@ def load_queries(
 
 
 @triton.jit
+def reloaded(q, out_ptr, at, real, D: tl.constexpr, PAD_D: tl.constexpr, UPCAST: tl.constexpr):
+    """The same queries by way of memory, where the result will be: Hopper multiplies what was loaded from shared memory."""
+    d = tl.arange(0, PAD_D)
+    kept = out_ptr.to(tl.pointer_type(tl.bfloat16)) + at[:, None] * (2 * D) + d[None, :]
+    ok = real[:, None] & (d < D)[None, :]
+    tl.store(kept, q.to(tl.bfloat16), mask=ok)
+    tl.debug_barrier()
+    return rounded(tl.load(kept, mask=ok, other=0.0), True, UPCAST)
+
+
+@triton.jit
 def rounded(x, BF16: tl.constexpr, UPCAST: tl.constexpr):
     """fp32 in the type of the products. UPCAST: the interpreter's bf16 products are wrong."""
     if BF16:
@@ -112,19 +123,28 @@ def attend(
 
 
 @triton.jit
+def with_sink(m, norm, sinks_ptr, head):
+    """The sum of the weights with one more logit, and what the others shrink to."""
+    sink = tl.load(sinks_ptr + head) * LOG2E
+    m_new = tl.maximum(m, sink)
+    rest = tl.math.exp2(m - m_new)
+    return norm * rest + tl.math.exp2(sink - m_new), rest
+
+
+@triton.jit
 def sweep(
     acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, last, window, inner, outer,
     G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, BF16: tl.constexpr,
-    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
+    BF16: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The tiles of positions from lo, a multiple of BLOCK_N, to hi; of them, if MASKED, only first .. end - 1 are read."""
     WIDTH: tl.constexpr = D + 4 * INT8
-    for n in tl.range(lo, hi, BLOCK_N):
+    for n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         position = n + tl.arange(0, BLOCK_N)
         ok = (position >= first) & (position < end)
-        visible = ok[None, :] & (position[None, :] <= last[:, None])
-        visible &= position[None, :] > last[:, None] - window
+        ago = last[:, None] - position[None, :]
+        visible = ok[None, :] & (ago >= 0) & (ago < window)
         k_scale, v_scale = 1.0, 1.0
         if TMA:
             row = place(table_ptr, n, n, True, g, G, S, BLOCK_N).to(tl.int32)
@@ -197,7 +217,7 @@ def attn_decode(
     table_ptr = tables_ptr + b.to(tl.int64) * X
     acc, m, norm = sweep(
         acc, m, norm, q, kv_ptr, table_ptr, g, lo, hi, first, hi, end - num_rows + row, window, inner, outer,
-        G, S, D, PAD_D, BLOCK_N, True, False, SOFTCAP, INT8, BF16, UPCAST,
+        G, S, D, PAD_D, BLOCK_N, True, None, False, SOFTCAP, INT8, BF16, UPCAST,
     )  # fmt: skip
     slot = tl.where(slots == T, start, b * SHORT) + row
     at = (slot.to(tl.int64) * H + head) * splits + split
@@ -262,10 +282,8 @@ def attn_combine(
             acc = acc * alpha + tl.sum(acc_n * weight[:, None], 0)
             m = m_new
         if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head) * LOG2E
-            m_new = tl.maximum(m, sink)
-            norm = norm * tl.math.exp2(m - m_new) + tl.math.exp2(sink - m_new)
-            acc *= tl.math.exp2(m - m_new)
+            norm, rest = with_sink(m, norm, sinks_ptr, head)
+            acc *= rest
         at = (start + row).to(tl.int64) * H + head
         tl.store(out_ptr + at * D + d, acc / tl.where(norm == 0, 1.0, norm), mask=d < D)
 
@@ -309,6 +327,7 @@ def attn_prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    SHARED_Q: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     INT8: tl.constexpr,
@@ -332,6 +351,8 @@ def attn_prefill(
     real = row < num_rows
     at = (start + tile * BLOCK_Q + row).to(tl.int64) * H + head
     q = load_queries(q_ptr, at, real, D, PAD_D, BF16, UPCAST)
+    if SHARED_Q:
+        q = reloaded(q, out_ptr, at, real, D, PAD_D, UPCAST)
     acc = tl.zeros([BLOCK_M, PAD_D], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -348,13 +369,11 @@ def attn_prefill(
             lo, hi = tl.maximum(whole, edge), end
         acc, m, norm = sweep(
             acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, low + row, window, inner, outer,
-            G, S, D, PAD_D, BLOCK_N, part != 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
+            G, S, D, PAD_D, BLOCK_N, part != 1, None if part == 1 else 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
         )  # fmt: skip
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head) * LOG2E
-        m_new = tl.maximum(m, sink)
-        norm = norm * tl.math.exp2(m - m_new) + tl.math.exp2(sink - m_new)
-        acc *= tl.math.exp2(m - m_new)[:, None]
+        norm, rest = with_sink(m, norm, sinks_ptr, head)
+        acc *= rest[:, None]
     # Loaded anew: addresses that lived through the loops would not fit the registers.
     at = (tl.load(starts_ptr + b, volatile=True) + tile * BLOCK_Q + row).to(tl.int64) * H + head
     d = tl.arange(0, PAD_D)
@@ -438,7 +457,9 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             Config(),
         )
 
-        config = launcher.config("attn_prefill", shapes, tiles.prefill(is_fp32, D))
+        config = launcher.config(
+            "attn_prefill", shapes, tiles.prefill(is_fp32, D, launcher.has_tma)
+        )
         block_n, rows = config.tiles["BLOCK_N"], max(config.tiles["BLOCK_M"], block_m)
         num_tiles = T // (rows // group) + min(B, T // (short + 1))
         is_boxed = launcher.has_tma and fits_boxes(kv_cache, block_n)
@@ -449,7 +470,7 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             attn_prefill,
             (num_kv_heads, num_tiles if short < T else 0),
             (out_THD, q_THD, kv, block_tables_BX, *requests, sinks, B, X, *scaling),
-            cache | has_sinks | {"TMA": is_boxed},
+            cache | has_sinks | {"TMA": is_boxed, "SHARED_Q": launcher.has_tma and not is_fp32},
             Config({"BLOCK_M": rows, "BLOCK_N": block_n}, config.num_warps, config.num_stages),
         )
 

@@ -53,10 +53,10 @@ def launcher_of(decode=DECODE, prefill=PREFILL):
 
 @pytest.mark.parametrize(
     ("H", "G", "D", "S"),
-    [(5, 1, 8, 1), (14, 2, 64, 12), (26, 1, 96, 3), (3, 3, 1, 8), (6, 2, 144, 48), (16, 1, 24, 64)],
+    [(5, 1, 8, 1), (14, 2, 64, 12), (26, 1, 96, 3), (3, 3, 1, 8), (6, 2, 144, 48)],
 )
 def test_blocks_and_heads_that_fit_no_tile(H, G, D, S):
-    lengths, counts = (1, 30, 150, 13), (1, 3, 19, 13)
+    lengths, counts = (30, 70, 13), (3, 19, 13)
     paged = paged_on(launcher_of(), lengths, G=G, D=D, S=S)
     q = queries(sum(counts), H, D)
     close(paged.attend(q, counts), paged.want(q, counts), 3e-6)
@@ -65,7 +65,7 @@ def test_blocks_and_heads_that_fit_no_tile(H, G, D, S):
     close(paged.attend(q, counts, window=11), want, 3e-6)
 
 
-@pytest.mark.parametrize("window", (1, 16, 17, 100, 257, 599, 1000))
+@pytest.mark.parametrize("window", (1, 17, 100, 257, 1000))
 def test_nothing_left_of_a_window_is_read(window):
     lengths, counts = (1, 256, 257, 600, 40), (1, 1, 3, 20, 40)
     paged = paged_on(Launcher("cpu"), lengths, G=1, D=8)
@@ -90,7 +90,7 @@ def test_every_combination(dtype, window, softcap, has_sinks):
     close(got, want, 2 * TOLERANCE[dtype])
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     requests=st.lists(st.tuples(st.integers(1, 200), st.integers(0, 40)), min_size=1, max_size=2),
     G=st.integers(1, 2),
@@ -163,8 +163,8 @@ def test_requests_may_share_blocks():
 
 def test_scratch_that_holds_nan_and_other_shapes_changes_no_bit():
     launcher = launcher_of()
-    paged = paged_on(launcher, (150, 70, 31), G=2, D=16)
-    q = queries(23, 4, 16)
+    paged = paged_on(launcher, (70, 50, 31), G=1, D=16)
+    q = queries(23, 2, 16)
     want = paged.attend(q, (1, 2, 20))
     scratch = list(launcher._scratch.values())
     assert scratch
@@ -205,13 +205,13 @@ def test_rows_to_verify_have_the_bits_of_rows_one_by_one(exact_products, window)
 @pytest.mark.parametrize("window", (0, 30))
 def test_where_a_chunk_is_cut_changes_no_bit_of_what_one_kernel_does(exact_products, window):
     """Chunks of up to 8 rows are decoded: rounded otherwise, but by less than counts."""
-    paged = paged_on(launcher_of(), (60,), G=2, D=16)
-    q = queries(60, 4, 16)
-    whole = paged.attend(q, (60,), window=window)
-    close(whole, paged.want(q, (60,), window=window), 3e-6)
-    for chunk, num_same in ((7, 0), (9, 54), (33, 60)):
-        ends = [min(i + chunk, 60) for i in range(0, 60, chunk)]
-        rows = [q[i : i + chunk] for i in range(0, 60, chunk)]
+    paged = paged_on(launcher_of(), (47,), G=1, D=16)
+    q = queries(47, 2, 16)
+    whole = paged.attend(q, (47,), window=window)
+    close(whole, paged.want(q, (47,), window=window), 3e-6)
+    for chunk, num_same in ((7, 0), (9, 45), (33, 47)):
+        ends = [min(i + chunk, 47) for i in range(0, 47, chunk)]
+        rows = [q[i : i + chunk] for i in range(0, 47, chunk)]
         parts = [
             paged.attend(one, (len(one),), (end,), window=window)
             for one, end in zip(rows, ends, strict=True)
@@ -232,7 +232,7 @@ def test_however_many_splits_there_are_the_sum_is_the_same():
 
 def test_a_batch_of_more_requests_than_are_looked_up_at_once():
     """Chunks among rows that are decoded, and requests without rows."""
-    counts = [0 if b % 5 == 4 else 1 for b in range(140)]
+    counts = [0 if b % 5 == 4 else 1 for b in range(133)]
     counts[3], counts[130] = 17, 20
     lengths = [20 if count > 1 else 2 for count in counts]
     paged = paged_on(launcher_of(), lengths, G=1, D=8, S=4)
@@ -261,9 +261,9 @@ def test_what_it_cannot_do_it_refuses():
         wide.attend(queries(1, 1, 257), (1,))
 
 
-def test_the_tiles_of_every_candidate_fit_the_kernels():
-    """A split is whole blocks of positions: its first is where a sweep begins."""
-    for config in tiles.DECODE:
+@pytest.mark.parametrize("is_fp32", (False, True))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_a_split_is_a_number_of_whole_tiles(is_fp32, head_dim):
+    """So that a sweep begins where a tile does."""
+    for config in (*tiles.DECODE, tiles.decode(is_fp32, head_dim)):
         assert config.tiles["SPLIT"] % config.tiles["BLOCK_N"] == 0
-    assert tiles.CANDIDATES["attn_decode"][0] == tiles.decode(False, 128)
-    assert tiles.CANDIDATES["attn_prefill"][0] == tiles.prefill(False, 128)

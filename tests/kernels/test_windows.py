@@ -26,7 +26,7 @@ def test_windows_across_blocks_and_splits_and_nothing_left_of_them(backend, wind
     close(paged.attend(q, counts, window=window), want, 3e-6)
 
 
-@everywhere
+@each_backend
 @pytest.mark.parametrize("length", (31, 32, 33, 271, 272, 273))
 @pytest.mark.parametrize("window", (15, 16, 17))
 def test_windows_that_begin_at_any_offset_of_a_block(backend, length, window):
