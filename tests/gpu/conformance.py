@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from tests.gpu.op_cases import Array, OpCase, in_bf16, op_cases, outputs, worst
+from tests.gpu.op_cases import Array, OpCase, fused_cases, in_bf16, op_cases, outputs, worst
 from tests.gpu.results import Result
 from tests.gpu.setting import Part, Setting
 from vivace.kernels.backend import NO_OPS, Ops
@@ -26,6 +26,9 @@ SMALL = (  # under the memory checker: each kernel, awkward sizes; it takes its 
     "attention+window 100 4/4x16",
     "moe_route softmax+renormalize 7x60x4",
     "expert_linear, own rows 7x60x4",
+    "moe_assign 40x8x2",
+    "expert_gated, silu 7x60x4",
+    "expert_down 40x8x2, bf16",
     "moe_combine, gated 7x60x4",
     "sample 5x260",
     "logprobs 5x260",
@@ -35,7 +38,7 @@ QUANTIZED = ("int8", "int4", "quantize")  # no op of a GPU's backend
 
 def cases() -> dict[str, OpCase]:
     """By name: those in fp32, then those that have a bf16 form."""
-    plain = list(op_cases())
+    plain = [*op_cases(), *fused_cases()]
     rounded = [case for one in plain if (case := in_bf16(one)) is not None]
     return {case.name: case for case in (*plain, *rounded)}
 

@@ -315,7 +315,7 @@ def fused_cases() -> Iterator[OpCase]:
         case = OpCase(f"moe_assign {at}", "moe_assign", outs, (experts,), attrs, 0.0)
         if moe_assign.tile_rows(T * K, E) > 1:  # else nothing is written
             yield case
-        assignment = _run(case, reference)
+        assignment = outputs(case, reference)
         weight, bias = _normal(rng, E, N, M), _normal(rng, E, N)
         for activation in ACTIVATIONS:
             ins = (_normal(rng, T, M), experts, *assignment, weight, bias)
