@@ -30,6 +30,10 @@ from tests.gpu.worker import Job  # noqa: E402
 
 LIMIT_S = 480  # of all sections together: the library is built before, and all of it has 9 minutes
 PATIENCE = 10  # of a rehearsal: kernels are interpreted
+CHECKER = (  # what libraries ask of the driver and do not get is no error of a kernel
+    *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"),
+    *("--report-api-errors", "no"),
+)
 Write = Callable[[str], Any]
 
 
@@ -116,7 +120,7 @@ def _prefix(name: str) -> list[str]:
     checker = compute_sanitizer() if SECTIONS[name].is_sanitized else None
     if checker is None:
         return []
-    return [checker, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"]
+    return [checker, *CHECKER]
 
 
 def chosen(names: str | None) -> list[str]:

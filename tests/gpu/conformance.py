@@ -52,7 +52,7 @@ def parts() -> Mapping[str, Part]:
 def small_parts() -> Mapping[str, Part]:
     """What the memory checker sees."""
     known = cases()
-    return {name: partial(check, case=known[name]) for name in SMALL}
+    return {name: partial(run_once, case=known[name]) for name in SMALL}
 
 
 def every_op_is_there(setting: Setting) -> Iterator[Result]:
@@ -77,6 +77,12 @@ def check(setting: Setting, case: OpCase) -> Iterator[Result]:
     again = all(map(same_bits, got, outputs(case, ops)))
     note = "" if again else "another call gives other bits"
     yield Result(name, error <= case.tolerance and again, error, note=note)
+
+
+def run_once(setting: Setting, case: OpCase) -> Iterator[Result]:
+    """Alone, for whoever watches its memory: what it gives is checked elsewhere."""
+    outputs(case, setting.ops())
+    yield Result(f"memcheck/{case.name}", None, note="run")
 
 
 def distance(case: OpCase, got: list[Array], want: list[Array]) -> float:

@@ -29,12 +29,17 @@ class Deadline:
     """When everything must have ended."""
 
     def __init__(self, limit_s: float) -> None:
-        self._at = time.monotonic() + limit_s
+        self.at = time.monotonic() + limit_s
+
+    def sooner(self, limit_s: float) -> "Deadline":
+        """This one, or so long from now if that is before it."""
+        other = Deadline(limit_s)
+        return other if other.at < self.at else self
 
     @property
     def left_s(self) -> float:
         """Seconds until then, at least 0."""
-        return max(0.0, self._at - time.monotonic())
+        return max(0.0, self.at - time.monotonic())
 
 
 @dataclass
@@ -63,10 +68,11 @@ class Crew:
         """All parts of a job: its results, and a failed one for every part that gave none."""
         found: list[Result] = []
         left, ending = list(job.parts), ""
+        deadline = self._deadline.sooner(section.limit_s * self._patience)
         for _ in range(MAX_WORKERS):
-            if not left or self._deadline.left_s <= 0:
+            if not left or deadline.left_s <= 0:
                 break
-            progress, ending = self._one_worker(replace(job, parts=left), section, prefix)
+            progress, ending = self._one_worker(replace(job, parts=left), section, prefix, deadline)
             found += progress.results
             left = [part for part in left if part not in progress.done]
             if progress.at is not None:
@@ -76,11 +82,11 @@ class Crew:
                 break
             if prefix:
                 return _without_refusal(found)
-        why = OUT_OF_TIME if self._deadline.left_s <= 0 else f"not run: before it, {ending}"
+        why = OUT_OF_TIME if deadline.left_s <= 0 else f"not run: before it, {ending}"
         return found + [_failed(job, part, why) for part in left]
 
     def _one_worker(
-        self, job: Job, section: Section, prefix: Sequence[str]
+        self, job: Job, section: Section, prefix: Sequence[str], deadline: Deadline
     ) -> tuple[Progress, str]:
         """Until it ends or is ended; how it did, in words."""
         command = [*prefix, sys.executable, str(self._worker), json.dumps(asdict(job))]
@@ -99,7 +105,7 @@ class Crew:
             assert worker.stdout is not None
             pump = threading.Thread(target=_pump, args=(worker.stdout, lines, log), daemon=True)
             pump.start()
-            progress, ending = self._follow(lines, section, Progress([], []))
+            progress, ending = self._follow(lines, section, deadline)
             if ending:
                 worker.kill()
             status = worker.wait()
@@ -109,18 +115,19 @@ class Crew:
         return progress, ending or f"a process ended with status {status}; see {self._log.name}"
 
     def _follow(
-        self, lines: "queue.Queue[str | None]", section: Section, progress: Progress
+        self, lines: "queue.Queue[str | None]", section: Section, deadline: Deadline
     ) -> tuple[Progress, str]:
         """Read what a worker says; why it must be ended, or nothing if it ended."""
+        progress = Progress([], [])
         part_s = section.part_limit_s * self._patience
         limit_s = START_S * self._patience + part_s
         until = time.monotonic() + limit_s
         while True:
-            wait_s = min(until - time.monotonic(), self._deadline.left_s)
+            wait_s = min(until - time.monotonic(), deadline.left_s)
             try:
                 said = lines.get(timeout=max(0.0, wait_s))
             except queue.Empty:
-                is_over = self._deadline.left_s <= 0
+                is_over = deadline.left_s <= 0
                 return progress, OUT_OF_TIME if is_over else f"took more than {limit_s:.0f} s"
             if said is None:
                 return progress, ""
@@ -154,7 +161,9 @@ def _failed(job: Job, part: str, why: str) -> Result:
 def _pump(stream: TextIO, lines: "queue.Queue[str | None]", log: TextIO) -> None:
     """Hand on what a worker says, and that it says no more; the memory checker talks on the same stream."""
     for text in stream:
-        if text.startswith('{"part"'):
+        if text.startswith('{"part"') and text.endswith(
+            "\n"
+        ):  # whole: a process may die at any point
             lines.put(text)
         else:
             log.write(text)

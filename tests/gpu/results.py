@@ -5,6 +5,7 @@ peer, something that this machine does not have. Refuses to keep a time that no 
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,6 +43,13 @@ def without_times(result: Result) -> Result:
     return replace(result, **blank, passed=None, note="rehearsed, not measured")
 
 
+def _writable(result: Result) -> Result:
+    """JSON has no infinity."""
+    if result.error is None or math.isfinite(result.error):
+        return result
+    return replace(result, error=None, note=f"error {result.error}. {result.note}".strip())
+
+
 def line(result: Result) -> str:
     """For a table."""
     mark = {True: "ok  ", False: "FAIL", None: "  - "}[result.passed]
@@ -76,6 +84,7 @@ class Report:
         """Keep these; returns them as they are kept."""
         results = list(results)
         self.found += results
+        results = [_writable(result) for result in results]
         kept = [without_times(r) if self._is_rehearsal else r for r in results]
         self.results += kept
         return kept

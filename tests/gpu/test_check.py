@@ -2,11 +2,12 @@
 
 import json
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.gpu import check, conformance, load_sampling
+from tests.gpu import check, conformance
 from tests.gpu.bars import BARS, BESIDE, beside_peers, figure, judged
 from tests.gpu.crew import Crew, Deadline, slices
 from tests.gpu.results import Report, Result
@@ -185,19 +186,82 @@ def test_a_backend_without_ops_fails_for_each_of_them():
     assert {"linear", "attention", "sample", "block_topk"} <= missing
 
 
-def test_sampled_tokens_that_differ_are_seen(monkeypatch):
-    monkeypatch.setattr(
-        load_sampling.Sampling, "run", lambda self, ops: torch.manual_seed(0) and None
-    )
-    monkeypatch.setattr(load_sampling, "CHECKED", 2)
+def test_what_is_infinite_can_be_written(tmp_path):
+    report = Report(tmp_path / "r.json", {}, is_rehearsal=False)
+    report.add([Result("a", False, float("inf"), note="more"), Result("b", False, float("nan"))])
+    report.write(is_complete=True)
+    first, second = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert (first["error"], first["note"]) == (None, "error inf. more")
+    assert (second["error"], second["note"]) == (None, "error nan.")
+
+
+def broken(ops, name, place):
+    """The ops, one of which adds a little to one of its outputs, and then gives its own bits each time."""
+    run = getattr(ops, name)
+
+    def run_and_spoil(*args, **attrs):
+        run(*args, **attrs)
+        args[place].flatten()[:1] += 1
+
+    return replace(ops, **{name: run_and_spoil})
+
+
+SPOILED = [
+    ("sampling, temperature", "sample", 0),
+    ("decode, 8 x 8k, 256 MB", "attention", 0),
+    ("prefill, 16k", "attention", 0),
+    ("sparse, 32k", "attention", 0),
+    ("sparse, 128k", "block_topk", 0),
+    ("moe, 8 tokens", "moe_combine", 0),
+    ("moe, 1 tokens", "expert_gated", 0),
+]
+
+
+@pytest.mark.parametrize(("part", "op", "place"), SPOILED)
+def test_a_wrong_op_has_no_figure(monkeypatch, part, op, place):
     setting = Setting("cpu", "reference", is_tiny=True)
-    (result,) = load_sampling.sampling(setting, load_sampling.KINDS[0])
-    assert (
-        result.error == 0.0
-    )  # nobody wrote, nobody differs: what follows must be a real op's doing
-    monkeypatch.undo()
-    (result,) = load_sampling.sampling(setting, load_sampling.KINDS[1])
-    assert result.error == 0.0
+    plain = Setting.ops
+    run = SECTIONS["bars"].parts()[part]
+    assert not [r for r in run(setting) if r.note.startswith("wrong")]
+    monkeypatch.setattr(Setting, "ops", lambda self: broken(plain(self), op, place))
+    assert [r for r in run(setting) if r.passed is False and r.note.startswith("wrong")]
+
+
+@pytest.mark.parametrize(
+    ("part", "op"),
+    [
+        ("attention reads nothing else, fp32, window 100", "attention"),
+        ("attention, fp32: each_row_is_alone", "attention"),
+        ("attention, fp32: a_graph_follows_its_buffers", "attention"),
+        ("sparse, as_specified", "block_score"),
+        ("sparse, dense_to_the_bit", "attention"),
+        ("sparse, graph_and_twice", "attention"),
+        ("expert_layer, fp32", "expert_down"),
+        ("sampled_rows", "sample"),
+        ("sampling_graph", "sample"),
+        ("graphs, fp32", "moe_combine"),
+        ("norm", "rmsnorm"),
+    ],
+)
+def test_an_op_that_other_rows_change_fails_an_anchor(monkeypatch, part, op):
+    """Of the reference; what it adds grows with every call, as if it read what is not its own."""
+    setting = Setting("cpu", "reference", is_tiny=True)
+    count = iter(range(1, 10**6))
+
+    def spoiled(self):
+        ops = plain(self)
+        run = getattr(ops, op)
+
+        def run_and_spoil(*args, **attrs):
+            run(*args, **attrs)
+            args[0].flatten()[:1] += next(count)
+
+        return replace(ops, **{op: run_and_spoil})
+
+    plain = Setting.ops
+    monkeypatch.setattr(Setting, "ops", spoiled)
+    torch.manual_seed(0)
+    assert [r.name for r in SECTIONS["anchors"].parts()[part](setting) if r.passed is False]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Answers in lines of JSON on standard output: a part begins, its results, it ends
 process; whoever started it starts another for the rest. Whatever libraries print goes to standard error.
 """
 
+import gc
 import json
 import logging
 import os
@@ -71,6 +72,7 @@ def is_alive(setting: Setting) -> bool:
         return True
     try:
         torch.cuda.synchronize()
+        gc.collect()
         torch.cuda.empty_cache()
     except RuntimeError:
         logging.exception("the device answers no more")
