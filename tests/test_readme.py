@@ -10,7 +10,13 @@ import pytest
 from vivace.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/architecture.md", "docs/gpu-check.md", "docs/kernels.md", "docs/operations.md")
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/gpu-check.md",
+    "docs/kernels.md",
+    "docs/operations.md",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".proto", ".json", ".cpp", ".h", ".cfg")

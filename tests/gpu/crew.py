@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -76,14 +77,14 @@ class Crew:
             found += progress.results
             left = [part for part in left if part not in progress.done]
             if progress.at is not None:
-                found.append(_failed(job, progress.at, ending))
+                found.append(_failed(job, section, progress.at, ending))
                 left.remove(progress.at)
             elif not progress.done:
                 break
             if prefix:
                 return _without_refusal(found)
         why = OUT_OF_TIME if deadline.left_s <= 0 else f"not run: before it, {ending}"
-        return found + [_failed(job, part, why) for part in left]
+        return found + [_failed(job, section, part, why) for part in left]
 
     def _one_worker(
         self, job: Job, section: Section, prefix: Sequence[str], deadline: Deadline
@@ -99,15 +100,24 @@ class Crew:
         with (
             self._log.open("a") as log,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,  # so that it can be ended with all that it started
             ) as worker,
         ):
             assert worker.stdout is not None
             pump = threading.Thread(target=_pump, args=(worker.stdout, lines, log), daemon=True)
             pump.start()
-            progress, ending = self._follow(lines, section, deadline)
-            if ending:
-                worker.kill()
+            try:
+                progress, ending = self._follow(lines, section, deadline)
+                if not ending:
+                    worker.wait()
+            finally:
+                if worker.poll() is None:
+                    os.killpg(worker.pid, signal.SIGKILL)
             status = worker.wait()
             pump.join()
         if prefix and not ending:
@@ -154,8 +164,8 @@ def slices(parts: Sequence[str], count: int) -> list[list[str]]:
     return [some for i in range(count) if (some := list(parts[i::count]))]
 
 
-def _failed(job: Job, part: str, why: str) -> Result:
-    return Result(f"{job.section}/{part}", False, note=why)
+def _failed(job: Job, section: Section, part: str, why: str) -> Result:
+    return Result(f"{job.section}/{part}", False if section.is_ours else None, note=why)
 
 
 def _pump(stream: TextIO, lines: "queue.Queue[str | None]", log: TextIO) -> None:

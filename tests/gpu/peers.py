@@ -165,7 +165,12 @@ def decode(setting: Setting, shape: Shape) -> Iterator[Result]:
         make = partial(sdpa, sets, kind, is_causal=False)
         yield from measured(setting, f"{name}/{backend}, dense cache", make, **work)
     yield from measured(setting, f"{name}/flex_attention, dense cache", partial(flex, sets), **work)
-    del sets
+
+
+def paged_decode(setting: Setting, shape: Shape) -> Iterator[Result]:
+    """Likewise of a paged cache: FlashInfer's, which may have to be built first."""
+    shape = shape.tiny() if setting.is_tiny else shape
+    name, work = f"peers/decode/{shape.name}", {"work": float(shape.kv_bytes), "of": "copy"}
     for uses_tensor_cores in (True, False):
         make = partial(flashinfer_decode, setting, shape, uses_tensor_cores)
         with_or_without = "with" if uses_tensor_cores else "without"
@@ -229,9 +234,14 @@ def prefill(setting: Setting, shape: Shape) -> Iterator[Result]:
     for backend, kind in TORCH_DECODE.items():
         make = partial(sdpa, sets, kind, is_causal=True)
         yield from measured(setting, f"{name}/{backend}", make, **work)
-    yield from measured(
-        setting, f"{name}/FlashInfer, contiguous", partial(flashinfer_prefill, sets), **work
-    )
+
+
+def flashinfer_prefills(setting: Setting, shape: Shape) -> Iterator[Result]:
+    """Likewise by FlashInfer."""
+    shape = shape.tiny() if setting.is_tiny else shape
+    name, sets = f"peers/prefill/{shape.name}/FlashInfer", _sets(setting, shape, shape.context)
+    make = partial(flashinfer_prefill, sets)
+    yield from measured(setting, name, make, work=causal_flops(shape), of="product")
 
 
 def flashinfer_prefill(sets: Sequence[Dense]) -> Peer:
@@ -312,10 +322,10 @@ def sampling(setting: Setting, kind: Kind) -> Iterator[Result]:
     """A token from each row of logits."""
     name, logits = f"peers/sampling/{kind.name}", load_sampling.rows(setting)
     for title, draw in (
-        ("torch, sorted" if kind.top_k else "torch, exponential noise", partial(torch_draw, kind)),
-        ("FlashInfer", partial(flashinfer_draw, kind)),
+        ("torch, sorted" if kind.top_k else "torch, exponential noise", torch_draw),
+        ("FlashInfer", flashinfer_draw),
     ):
-        make = partial(_drawn, kind, logits, draw)
+        make = partial(_drawn, kind, logits, partial(draw, kind))
         yield from measured(setting, f"{name}/{title}", make, of="us")
 
 
@@ -370,14 +380,19 @@ def flashinfer_draw(kind: Kind, row: Tensor) -> Tensor:
 
 
 def parts() -> Mapping[str, Part]:
-    """By name; the shortest first, those that may be compiled by their authors' tools last."""
+    """By name: torch's, then FlashInfer's, whose kernels may be built when they are first called."""
+    compared = [shape for shape in DECODE if shape.name in COMPARED]
     found: dict[str, Part] = {}
     for kind in KINDS:
         found[f"sampling, {kind.name}"] = partial(sampling, kind=kind)
     for T in load_moe.ROWS:
         found[f"moe, {T} tokens"] = partial(moe, T=T)
-    for shape in (shape for shape in DECODE if shape.name in COMPARED):
+    for shape in compared:
         found[f"decode, {shape.name}"] = partial(decode, shape=shape)
     for shape in PREFILL:
         found[f"prefill, {shape.name}"] = partial(prefill, shape=shape)
+    for shape in compared:
+        found[f"paged decode, {shape.name}"] = partial(paged_decode, shape=shape)
+    for shape in PREFILL:
+        found[f"FlashInfer's prefill, {shape.name}"] = partial(flashinfer_prefills, shape=shape)
     return found

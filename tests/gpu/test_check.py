@@ -173,11 +173,13 @@ def test_an_op_that_is_not_there_fails_and_so_does_any_other_error():
         raise RuntimeError("illegal memory access\nand more")
         yield
 
-    first, second = results_of("s", "p", lacks, Setting())
+    first, second = results_of("bars", "p", lacks, Setting())
     assert first.passed
     assert (second.passed, second.note) == (False, "not there: no op")
-    (only,) = results_of("s", "p", breaks, Setting())
+    (only,) = results_of("bars", "p", breaks, Setting())
     assert (only.passed, only.note) == (False, "RuntimeError: illegal memory access")
+    (only,) = results_of("peers", "p", breaks, Setting())
+    assert only.passed is None  # a peer's trouble is not ours
 
 
 def test_a_backend_without_ops_fails_for_each_of_them():
