@@ -48,7 +48,7 @@ soak: setup
 gpu-check:
 	@test -n "$(RESULTS)" || { echo "usage: make gpu-check RESULTS=folder" >&2; exit 2; }
 	cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/kernels
-	cmake --build build/gpu --parallel
+	cmake --build build/gpu --parallel $$(nproc)
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) tests/gpu/check.py --results $(RESULTS) $(GPU_CHECK)
 
 gpu-tune:

@@ -213,7 +213,6 @@ SPOILED = [
     ("decode, 8 x 8k, 256 MB", "attention", 0),
     ("prefill, 16k", "attention", 0),
     ("sparse, 32k", "attention", 0),
-    ("sparse, 128k", "block_topk", 0),
     ("moe, 8 tokens", "moe_combine", 0),
     ("moe, 1 tokens", "expert_gated", 0),
 ]
