@@ -58,8 +58,8 @@ def triton() -> None:
 
 def aot() -> None:
     """Every test that compiles Triton kernels, for GPUs that are not there: what ships, cold, and what is wrong with it."""
-    words = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "-m", "aot", "tests/aot")
-    run(*words, TRITON_INTERPRET="0")
+    words = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "--timeout", "900", "-m", "aot")
+    run(*words, "tests/aot", TRITON_INTERPRET="0")
 
 
 def sanitize() -> None:
