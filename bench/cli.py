@@ -1,4 +1,4 @@
-"""`vivace bench host|startup|frontend|process|quality|cpu|peers`."""
+"""`vivace bench host|startup|frontend|process|quality|cpu|sparse|peers`."""
 
 import argparse
 import tempfile
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import vivace
-from vivace.bench import cpu, frontend, host, process, quality, result, startup
+from vivace.bench import cpu, frontend, host, process, quality, result, sparse, startup
 from vivace.bench.peers import rows
 from vivace.bench.peers.engines import Setting
 from vivace.bench.result import Figure
@@ -57,6 +57,10 @@ def main(command: str, argv: list[str]) -> int:
             figures = cpu.measure(engine, cpu.Load(rounds=args.rounds))
             config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
             config |= {"quantize": args.quantize, "isa": args.isa or "best"}
+        case "sparse":
+            size = sparse.Load(args.rounds, args.context, args.budget, args.layers)
+            figures = sparse.measure(args.threads, size)
+            config = {"threads": args.threads, **asdict(size)}
         case "peers":
             figures = _peers(args)
             config = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds}
@@ -104,12 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path)
     one.add_argument("rows", type=Path, help="lines of JSON with prompt_ids and greedy_ids")
     one.add_argument("--rows-kind", metavar="KIND", help="only lines whose kind is this")
-    one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
-    one.add_argument("model", type=Path)
-    one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
-    one.add_argument("--isa", help="instruction set (default: the best there is)")
-    one.add_argument("--rounds", type=int, default=5)
-    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
+    _add_cpu(kinds)
     one = kinds.add_parser("peers", help="beside other engines on the same machine, by ratio")
     one.add_argument("model", type=Path)
     one.add_argument("--peers", type=Path, required=True, help="what bench/peers/prepare.py made")
@@ -118,3 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--threads", type=int, default=read_machine().num_cpus)
     return parser
+
+
+def _add_cpu(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What is measured beside the machine's bandwidth."""
+    one = kinds.add_parser("cpu", help="ops and model as shares of bandwidth and peaks")
+    one.add_argument("model", type=Path)
+    one.add_argument("--quantize", choices=[one.value for one in Quantize], default="none")
+    one.add_argument("--isa", help="instruction set (default: the best there is)")
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)
+    one = kinds.add_parser("sparse", help="block-sparse decode beside dense attention; no model")
+    one.add_argument("--rounds", type=int, default=20)
+    one.add_argument("--context", type=int, default=32_768, help="tokens in the cache")
+    one.add_argument("--budget", type=int, default=2_048, help="tokens that are attended to")
+    one.add_argument("--layers", type=int, default=6, help="whose caches take turns")
+    one.add_argument("--threads", type=int, default=read_machine().num_cpus)

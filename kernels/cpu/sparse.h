@@ -141,10 +141,12 @@ struct LogSum {
 
 // A request's query heads of one KV head, at most kMostHeads at a time.
 struct Scorer {
-  static constexpr int kFew = 4, kUnits = kWidth == 16 ? 4 : 2;  // as many sums as registers hold, with half the units for more heads
+  static constexpr int kUnits = kWidth == 16 ? 4 : 2;  // as many sums as registers hold, with half the units for more heads
 
   Scorer(const cpu::BlockScoreArgs& args, int64_t request, int64_t head)
       : a(args), b(request), g(head), rows(0), num_units(args.context_lens[request] / unit_tokens(args.S)) {}
+
+  static constexpr int64_t kAhead = 16;  // units, from one that is scored to one that is fetched
 
   const cpu::BlockScoreArgs& a;
   int64_t b, g, rows, num_units;
@@ -170,25 +172,23 @@ struct Scorer {
   }
 
   template <int R, int U>
-  void fill_rows(int64_t begin, int64_t end) {
+  static void fill_rows(Scorer& it, int64_t begin, int64_t end) {
     const uint16_t *now[U], *ahead[U];
-    for (int u = 0; u < U; ++u) ahead[u] = unit(std::min(begin + u, end - 1));
     for (int64_t j = begin; j < end; j += U) {  // of the last units some may be scored twice: kChunk is a multiple of U
       for (int u = 0; u < U; ++u) {
-        now[u] = ahead[u];
-        ahead[u] = unit(std::min(j + U + u, end - 1));
+        now[u] = it.unit(std::min(j + u, end - 1));
+        ahead[u] = it.unit(std::min(j + u + kAhead, end - 1));
       }
-      score_units<R, U>(q, now, ahead, 2 * a.D, s + (j - begin));
+      score_units<R, U>(it.q, now, ahead, 2 * it.a.D, it.s + (j - begin));
     }
   }
 
   // The scores of units begin..end-1 into s.
   void fill(int64_t begin, int64_t end) {
-    constexpr void (Scorer::*kFill[])(int64_t, int64_t) = {
-        &Scorer::fill_rows<1, kUnits>,     &Scorer::fill_rows<2, kUnits>,     &Scorer::fill_rows<3, kUnits>,
-        &Scorer::fill_rows<4, kUnits>,     &Scorer::fill_rows<5, kUnits / 2>, &Scorer::fill_rows<6, kUnits / 2>,
-        &Scorer::fill_rows<7, kUnits / 2>, &Scorer::fill_rows<8, kUnits / 2>};
-    (this->*kFill[rows - 1])(begin, end);
+    constexpr void (*kFill[])(Scorer&, int64_t, int64_t) = {
+        fill_rows<1, kUnits>,     fill_rows<2, kUnits>,     fill_rows<3, kUnits>,     fill_rows<4, kUnits>,
+        fill_rows<5, kUnits / 2>, fill_rows<6, kUnits / 2>, fill_rows<7, kUnits / 2>, fill_rows<8, kUnits / 2>};
+    kFill[rows - 1](*this, begin, end);
   }
 
   // Into `scores` what these rows have above their logsumexp, or the greater of it and what is there.

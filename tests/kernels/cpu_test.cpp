@@ -183,7 +183,7 @@ struct Sizes {
   int64_t context;     // of the second request
   int64_t most_rows;   // of logits
 };
-constexpr Sizes kOdd{43, 37, 29, 6, 2, 20, 4, 5, 19, 12, 5, 9, 1000};
+constexpr Sizes kOdd{43, 37, 29, 6, 2, 20, 4, 5, 19, 12, 5, 49, 1000};
 // Past what is kept at a time: blocks of inputs, rows of an expert, groups of splits, candidates of a row.
 constexpr Sizes kLarge{1100, 35, 70001, 9, 1, 72, 16, 3, 1030, 64, 1, 4500, 2};
 
@@ -289,6 +289,12 @@ std::vector<Case> cases(Buffers& b, const Sizes& sizes, int64_t T) {
   Ints& blocks = b.i(num_requests * X, kBlocks);
   add("rope_table", vivace_rope_table,
       cpu::RopeTableArgs{cos_sin.data(), at.data(), inv_freq.data(), nullptr, T, R / 2, 1}, cos_sin);
+  // Of each request one row; those that are long enough are sparse.
+  const int64_t B = num_requests, Z = S % 16 ? 1 : S / 16, num_units = kBlocks * Z;
+  Ints &units = b.i(num_units, num_units), &one_row = b.i(B + 1, B + 2), &budgets = b.i(Ints(size_t(B), 8));
+  Ints &selected = b.i(B * G * X * Z, 1), &counts = b.i(B * G, 1), &none = b.i(B, 1), &all = b.i(Ints(size_t(B), 1));
+  for (size_t i = 0; i < one_row.size(); ++i) one_row[i] = int32_t(i);
+  units[0] = -1;
   for (int64_t kv_type : {0, 1, 2}) {  // fp32, bf16, int8 with scales
     const int64_t head_bytes = kv_type == 0 ? 4 * D : kv_type == 1 ? 2 * D : D + 4;
     std::vector<uint8_t>& cache = b.u(kBlocks * 2 * G * S * head_bytes);
@@ -303,31 +309,19 @@ std::vector<Case> cases(Buffers& b, const Sizes& sizes, int64_t T) {
     for (int64_t window : {0, 5})
       add("attention", vivace_attention,
           cpu::AttentionArgs{heads.data(), q.data(), cache.data(), blocks.data(), start.data(), len.data(), sinks.data(),
-                             nullptr, nullptr, T, H, G, S, D, num_requests, X, window, kv_type, 0.2f,
-                             window ? 30.0f : 0.0f}, heads);
-  }
-
-  // Of each request the row that is its last; those that are long enough are sparse.
-  const int64_t B = num_requests, Z = S % 16 ? 1 : S / 16;
-  for (int64_t kv_type : {0, 1, 2}) {
-    const int64_t head_bytes = kv_type == 0 ? 4 * D : kv_type == 1 ? 2 * D : D + 4;
-    std::vector<uint8_t>& cache = b.u(kBlocks * 2 * G * S * head_bytes);
-    auto &meta = b.shorts.emplace_back(size_t(kBlocks * Z * G * 2 * D), uint16_t(0));
-    Ints &units = b.i(kBlocks * Z, kBlocks * Z), &ends = b.i(B + 1, B + 2), &budgets = b.i(Ints(size_t(B), 8));
-    Ints &selected = b.i(B * G * X * Z, 1), &counts = b.i(B * G, 1), &none = b.i(B, 1), &all = b.i(Ints(size_t(B), 1));
-    for (size_t i = 0; i < ends.size(); ++i) ends[i] = int32_t(i);
-    if (!units.empty()) units[0] = -1;
+                             nullptr, nullptr, T, H, G, S, D, B, X, window, kv_type, 0.2f, window ? 30.0f : 0.0f}, heads);
+    auto& meta = b.shorts.emplace_back(size_t(num_units * G * 2 * D), uint16_t(0));
     Floats &unit_scores = b.f(B * G * X * Z), &mass = b.f(B * 2), &before = b.f(B * 2);
     add("block_meta_update", vivace_block_meta_update,
-        cpu::BlockMetaUpdateArgs{meta.data(), cache.data(), units.data(), kBlocks * Z, G, S, D, kv_type}, meta);
+        cpu::BlockMetaUpdateArgs{meta.data(), cache.data(), units.data(), num_units, G, S, D, kv_type}, meta);
     add("block_score", vivace_block_score,
-        cpu::BlockScoreArgs{unit_scores.data(), q.data(), meta.data(), blocks.data(), ends.data(), len.data(),
+        cpu::BlockScoreArgs{unit_scores.data(), q.data(), meta.data(), blocks.data(), one_row.data(), len.data(),
                             budgets.data(), none.data(), H, G, S, D, B, X, 0, 0.2f}, unit_scores);
     add("block_topk", vivace_block_topk,
         cpu::BlockTopkArgs{selected.data(), counts.data(), unit_scores.data(), len.data(), budgets.data(), none.data(), G, S,
                            B, X, 0}, selected, counts);
-    const cpu::AttentionArgs args{heads.data(), q.data(), cache.data(), blocks.data(), ends.data(), len.data(), sinks.data(),
-                                  selected.data(), counts.data(), B, H, G, S, D, B, X, 0, kv_type, 0.2f, 0};
+    const cpu::AttentionArgs args{heads.data(), q.data(), cache.data(), blocks.data(), one_row.data(), len.data(),
+                                  sinks.data(), selected.data(), counts.data(), B, H, G, S, D, B, X, 0, kv_type, 0.2f, 0};
     add("attention", vivace_attention, args, heads);
     add("kept_mass", vivace_kept_mass, cpu::KeptMassArgs{mass.data(), all.data(), before.data(), args}, mass);
   }
