@@ -48,8 +48,8 @@ soak: setup
 gpu-check:
 	@test -n "$(RESULTS)" || { echo "usage: make gpu-check RESULTS=folder" >&2; exit 2; }
 	cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/kernels
-	cmake --build build/gpu --parallel 4
-	PYTHONPATH=src $(PYTHON) tests/gpu/check.py --results $(RESULTS)
+	cmake --build build/gpu --parallel $$(nproc)
+	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) tests/gpu/check.py --results $(RESULTS) $(GPU_CHECK)
 
 gpu-tune:
 	PYTHONPATH=src $(PYTHON) tests/gpu/tune.py $(TUNE)

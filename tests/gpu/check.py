@@ -1,211 +1,170 @@
-"""What is checked on a machine with a GPU, with the Python that is there: parity first, then times.
+"""What is checked on a machine with a GPU, with the Python that is there: first that all is right, then how fast it is.
 
-    PYTHONPATH=src python3 tests/gpu/check.py --results DIR
+    PYTHONPATH=src python3 tests/gpu/check.py --results DIR [--sections conformance,bars,peers]
 
-Needs torch, transformers, tokenizers and safetensors, and the built C++ library; nothing else of
-ours is imported but `vivace.kernels` and the models and runner of `vivace.engine`. Writes
-DIR/gpu-check.json and ends with status 1 if anything failed. The times are of the reference
-backend, which is a specification: they are a baseline, not a speed of Vivace.
+Needs torch, triton, transformers, tokenizers and safetensors, and the built C++ library. Sections run in processes of their
+own: a fault of the device ends one part of one section. Writes DIR/gpu-check.json after every section, what workers say to
+DIR/gpu-check.log, and ends with status 1 if anything failed, an op that is not there included. See docs/gpu-check.md.
 """
 
 import argparse
-import json
-import subprocess
+import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import tokenizers
-import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests.*, which is not installed
 
-from tests.architectures import MODELS, ONE_OF_EACH  # noqa: E402
-from tests.gpu.op_cases import OpCase, compare, fused_cases, op_cases  # noqa: E402
-from tests.step_driver import Driver, Oracle, agrees, make_driver, worst_row  # noqa: E402
-from tests.tiny_models import make_checkpoint  # noqa: E402
-from vivace.kernels.backend import Backend, Ops, load  # noqa: E402
+from tests.gpu.bars import beside_peers  # noqa: E402
+from tests.gpu.crew import Crew, Deadline, slices  # noqa: E402
+from tests.gpu.machine import clocks, compute_sanitizer, describe  # noqa: E402
+from tests.gpu.results import Report, Result, line  # noqa: E402
+from tests.gpu.sections import SECTIONS  # noqa: E402
+from tests.gpu.setting import Setting  # noqa: E402
+from tests.gpu.worker import Job  # noqa: E402
 
-NORTHSTAR = ROOT / "examples" / "northstar"
-QUESTIONS = (
-    "How long does delivery take?",
-    "I want a refund for order 112-3456789-0000001.",
-    "Can I exchange my shoes for a larger size?",
-    "Please cancel order 111-2223334-5556667.",
-    "我的订单什么时候发货",
+LIMIT_S = 480  # of all sections together: the library is built before, and all of it has 9 minutes
+PATIENCE = 10  # of a rehearsal: kernels are interpreted
+CHECKER = (  # what libraries ask of the driver and do not get is no error of a kernel
+    *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"),
+    *("--report-api-errors", "no"),
 )
-SYSTEM = "You are a polite support agent of the online shop Northstar Market. Keep answers short."
-TINY = (*ONE_OF_EACH, "llama-wide-heads", "phi3-longrope")
-PROMPT_TOLERANCE = 1e-4  # of the largest logit of a row
-CLOSE = 1e-3  # of logprob: a smaller lead may fall either way
-WARM_UP, REPEATS = 5, 30
+Write = Callable[[str], Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """One line of the table. `max_error` is relative where there is one; times are tokens per
-    second."""
+class Check:
+    """One run of the sections that are asked for."""
 
-    name: str
-    passed: bool
-    max_error: float | None = None
-    tokens_per_s: float | None = None  # median
-    p5: float | None = None
-    p95: float | None = None
-    note: str = ""
+    def __init__(self, arguments: argparse.Namespace, write: Write) -> None:
+        name = "gpu-check" if arguments.device != "cpu" else "gpu-check-rehearsal"
+        is_rehearsal = arguments.device == "cpu"
+        self.setting = Setting(arguments.device, arguments.backend, arguments.tiny)
+        self.report = Report(
+            arguments.results / f"{name}.json",
+            describe(arguments.device),
+            is_rehearsal=is_rehearsal,
+        )
+        self._deadline = Deadline(arguments.limit_s)
+        patience = PATIENCE if is_rehearsal else 1
+        self._crew = Crew(arguments.results / f"{name}.log", self._deadline, patience=patience)
+        self._most_parts = arguments.parts
+        self._jobs = arguments.jobs
+        self._write = write
 
-
-def check_op(case: OpCase, device: Ops, cpu: Ops) -> Result:
-    """Ops on the device against those of the CPU on the same inputs."""
-    error = compare(case, device, cpu)
-    return Result(f"op/{case.name}", error <= case.tolerance, error)
-
-
-def check_prompts(name: str, directory: Path, device: Ops) -> Iterator[Result]:
-    """A tiny random model on the device against transformers on the CPU."""
-    oracle, driver = Oracle(directory), make_driver(directory, device)
-    rng = np.random.default_rng(7)
-    prompt = rng.integers(0, 256, 300).tolist()
-    want = oracle.logits(prompt)
-    for chunk in (7, 64, 300):
-        error = worst_row(driver.prompt_logits(prompt, chunk), want)
-        yield Result(f"{name}/prompt in chunks of {chunk}", error <= PROMPT_TOLERANCE, error)
-    prompts = [rng.integers(0, 256, 20).tolist() for _ in range(8)]
-    wanted = oracle.greedy(prompts, 64)
-    agreed = sum(map(agrees, driver.greedy(prompts, 64), wanted, [CLOSE] * 8))
-    yield Result(f"{name}/greedy, 64 steps", agreed == 8, note=f"{agreed} of 8 prompts agree")
-
-
-def check_northstar(device: Ops, cpu: Ops) -> Iterator[Result]:
-    """The demo's model: device, C++ and transformers say the same."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(NORTHSTAR / "tokenizer.json"))
-    prompts = [tokenizer.encode(_chat(question)).ids for question in QUESTIONS]
-    oracle = Oracle(NORTHSTAR)
-    wanted = [oracle.greedy([prompt], 48)[0] for prompt in prompts]
-    for name, ops in (("device", device), ("cpu", cpu)):
-        got = make_driver(NORTHSTAR, ops).greedy(prompts, 48)
-        agreed = sum(map(agrees, got, wanted, [CLOSE] * len(wanted)))
-        note = f"{agreed} of {len(wanted)} questions agree with transformers"
-        yield Result(f"northstar/greedy on {name}, 48 steps", agreed == len(wanted), note=note)
-
-
-def time_northstar(device: Ops) -> Iterator[Result]:
-    """Tokens per second of single steps, the logits read back each time."""
-    driver = make_driver(NORTHSTAR, device)
-    rng = np.random.default_rng(1)
-    for batch in (1, 8):
-        requests = [driver.add(rng.integers(0, 4000, 256).tolist(), 256) for _ in range(batch)]
-        driver.step([(request, 255) for request in requests], rows="last")
-        yield _timed(f"northstar/decode, {batch} requests of 256 tokens", driver, requests, 255)
-        for request in requests:
-            driver.remove(request)
-    request = driver.add(rng.integers(0, 4000, 512).tolist(), 512)
-    yield _timed("northstar/prefill of 512 tokens", driver, [request], 0)
-
-
-def _timed(name: str, driver: Driver, requests: Sequence[Any], first: int) -> Result:
-    """The same step again and again, from position `first` to the end of each request."""
-    rates = []
-    for _ in range(WARM_UP + REPEATS):
-        for request in requests:
-            request.num_computed = first
-        chunks = [(request, len(request.tokens) - first) for request in requests]
+    def together(self, names: Sequence[str]) -> None:
+        """Sections that may share the device: what is right is so beside others too."""
         start = time.perf_counter()
-        driver.step(chunks, rows="last")
-        rates.append(sum(count for _, count in chunks) / (time.perf_counter() - start))
-    p5, median, p95 = np.percentile(rates[WARM_UP:], (5, 50, 95)).tolist()
-    note = "reference, not optimised"
-    return Result(name, True, tokens_per_s=median, p5=p5, p95=p95, note=note)
+
+        def run(name: str, job: Job) -> tuple[list[Result], float]:
+            found = self._crew.run(job, SECTIONS[name], _prefix(name))
+            return found, time.perf_counter() - start
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            running = {
+                name: [pool.submit(run, name, job) for job in self._jobs_of(name)] for name in names
+            }
+            for name, futures in running.items():
+                ended = [future.result() for future in futures]
+                found = [result for results, _ in ended for result in results]
+                self._keep(name, found, max((at for _, at in ended), default=0.0))
+
+    def alone(self, name: str) -> None:
+        """A section that is timed."""
+        start, before = time.perf_counter(), clocks(self.setting.device)
+        found: list[Result] = []
+        for job in self._jobs_of(name):
+            found += self._crew.run(job, SECTIONS[name], [])
+        seconds = time.perf_counter() - start
+        self._keep(name, found, seconds, before=before, after=clocks(self.setting.device))
+        if name == "ceilings":
+            rates = {r.name.split("/")[1]: r.rate for r in found if r.passed and r.rate}
+            self.setting = replace(self.setting, ceilings=rates)
+
+    def _jobs_of(self, name: str) -> list[Job]:
+        section = SECTIONS[name]
+        if section.is_sanitized and (not self.setting.is_gpu or compute_sanitizer() is None):
+            self._keep(name, [Result(name, None, note="not measured: no compute-sanitizer")], 0.0)
+            return []
+        parts = list(section.parts())[: self._most_parts]
+        told = asdict(self.setting)
+        return [Job(name, some, told) for some in slices(parts, section.num_workers)]
+
+    def _keep(self, name: str, found: Iterable[Result], seconds: float, **more: Any) -> None:
+        results = self.report.add(found)
+        for result in results:
+            self._write(line(result))
+        if results:
+            self._write(f"--    {name}: {seconds:.1f} s")
+            self.report.sections[name] = {"seconds": round(seconds, 2), **more}
+            self.report.write(is_complete=False)
+
+    def finish(self, names: Sequence[str]) -> int:
+        """Comparisons and the exit status."""
+        if {"bars", "peers"} <= set(names):
+            self._keep("beside", beside_peers(self.report.found), 0.0)
+        self.report.write(is_complete=True)
+        counts = [sum(r.passed is x for r in self.report.results) for x in (True, False, None)]
+        self._write(
+            "{} passed, {} failed, {} without a bar; see {}".format(*counts, self.report.path)
+        )
+        return 1 if self.report.failed else 0
 
 
-def _chat(question: str) -> str:
-    turns = (("system", SYSTEM), ("user", question))
-    said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-    return f"{said}<|im_start|>assistant\n"
+def _prefix(name: str) -> list[str]:
+    """The command that a section's workers run under."""
+    checker = compute_sanitizer() if SECTIONS[name].is_sanitized else None
+    if checker is None:
+        return []
+    return [checker, *CHECKER]
 
 
-def run_all(device_name: str) -> Iterator[Result]:
-    """Every check, in the order of what depends on what."""
-    device = load(Backend.REFERENCE, device=device_name)
-    cpu = load(Backend.CPU, threads=4)
-    for case in op_cases():
-        yield check_op(case, device, cpu)
-    reference = load(Backend.REFERENCE, device="cpu")
-    for case in fused_cases():
-        yield check_op(case, device, reference)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in TINY:
-            kind, overrides = MODELS[name]
-            directory = make_checkpoint(Path(folder) / name, kind, **overrides)
-            yield from check_prompts(name, directory, device)
-    yield from check_northstar(device, cpu)
-    yield from time_northstar(device)
+def chosen(names: str | None) -> list[str]:
+    """Sections by name, in their order; bars and peers bring the ceilings that they are shares of."""
+    wanted = set(names.split(",")) if names else set(SECTIONS)
+    unknown = wanted - set(SECTIONS)
+    if unknown:
+        raise SystemExit(
+            f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}"
+        )
+    if wanted & {"bars", "peers"}:
+        wanted.add("ceilings")
+    return [name for name in SECTIONS if name in wanted]
 
 
-def describe(device_name: str) -> dict[str, Any]:
-    """The machine that the results are of."""
-    is_gpu = device_name.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name(device_name) if is_gpu else device_name,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if is_gpu
-        else None,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": sys.version.split()[0],
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain"),
-    }
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None where it does not exist or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _line(result: Result) -> str:
-    error = "" if result.max_error is None else f"error {result.max_error:.1e}"
-    rate = "" if result.tokens_per_s is None else f"{result.tokens_per_s:,.0f} tokens/s "
-    spread = "" if result.p5 is None else f"({result.p5:,.0f}-{result.p95:,.0f})"
-    mark = "ok  " if result.passed else "FAIL"
-    return f"{mark}  {result.name:<52} {error}{rate}{spread}  {result.note}".rstrip()
-
-
-def main(write: Callable[[str], Any] = print) -> int:
-    """Run, print and record everything; 1 if a check failed."""
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Checks on a machine with a GPU.")
     parser.add_argument("--results", type=Path, required=True, help="folder for gpu-check.json")
-    parser.add_argument("--device", default="cuda", help="torch device of the reference backend")
-    arguments = parser.parse_args()
-    results: list[Result] = []
-    path = arguments.results / "gpu-check.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_complete = False
-    try:
-        for result in run_all(arguments.device):
-            results.append(result)
-            write(_line(result))
-        is_complete = True
-    finally:  # a check that crashes must not take with it what was found before
-        record = describe(arguments.device) | {
-            "is_complete": is_complete,
-            "results": [asdict(result) for result in results],
-        }
-        path.write_text(json.dumps(record, indent=2) + "\n")
-    failed = [result.name for result in results if not result.passed]
-    write(f"{len(results) - len(failed)} of {len(results)} checks passed; see {path}")
-    return 1 if failed else 0
+    parser.add_argument("--sections", help=f"some of {','.join(SECTIONS)}; unset: all")
+    parser.add_argument("--device", default="cuda", help="torch device; cpu: a rehearsal")
+    parser.add_argument("--backend", default="triton", help="reference: rehearse without kernels")
+    parser.add_argument("--tiny", action="store_true", help="shapes for a rehearsal")
+    parser.add_argument("--parts", type=int, help="no more parts of each section than this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all sections")
+    arguments = parser.parse_args(words)
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("--device cpu is a rehearsal: --tiny")
+    return arguments
+
+
+def main(words: Sequence[str] | None = None, write: Write = print) -> int:
+    """Run, print and record everything; 1 if a check failed."""
+    arguments = parse(words)
+    names = chosen(arguments.sections)
+    check = Check(arguments, write)
+    shared = [name for name in names if not SECTIONS[name].is_alone]
+    if shared:
+        check.together(shared)
+    for name in names:
+        if SECTIONS[name].is_alone:
+            check.alone(name)
+    return check.finish(names)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Random inputs for every op, and the comparison of two backends on them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ Array = np.ndarray[Any, Any]
 Attrs = dict[str, Any]
 Outs = tuple[tuple[tuple[int, ...], DType], ...]
 FP32, INT32 = DType.FP32, DType.INT32
+MATRICES = {  # which input of an op may be bf16
+    "linear": 1,
+    "expert_linear": 2,
+    "expert_gated": 4,
+    "expert_down": 4,
+    "embed": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Cache:
     k_TGD: Array
     v_TGD: Array
     slots_T: Array
+    dtype: DType = FP32
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,25 @@ class OpCase:
 
 
 def compare(case: OpCase, first: Ops, second: Ops) -> float:
-    """The largest difference of any output, as a fraction of its largest number."""
-    worst = 0.0
-    for got, want in zip(_run(case, first), _run(case, second), strict=True):
+    """The largest difference of any output of two backends, as a fraction of its largest number."""
+    return worst(outputs(case, first), outputs(case, second))
+
+
+def worst(first: Sequence[Array], second: Sequence[Array]) -> float:
+    """Likewise of outputs that are there; infinite where one side alone is not finite."""
+    largest = 0.0
+    for got, want in zip(first, second, strict=True):
         a, b = got.astype(np.float64), want.astype(np.float64)
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            return float("inf")  # something is infinite or NaN on one side only
+            return float("inf")
         a, b = a[np.isfinite(a)], b[np.isfinite(b)]
         if a.size:
-            worst = max(worst, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
-    return worst
+            largest = max(largest, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
+    return largest
 
 
-def _run(case: OpCase, ops: Ops) -> list[Array]:
+def outputs(case: OpCase, ops: Ops) -> list[Array]:
+    """What a backend makes of it, on the host."""
     memory = ops.memory
     outs = [memory.empty(shape, dtype) for shape, dtype in case.outs]
     ins = [_input(ops, x) for x in case.ins]
@@ -83,6 +97,25 @@ def _host(array: Array) -> Array:
     return (array.astype(np.uint32) << 16).view(np.float32)
 
 
+def in_bf16(case: OpCase) -> OpCase | None:
+    """The same with its matrix or its cache in bf16; None if it has neither."""
+    ins = list(case.ins)
+    for i, x in enumerate(ins):
+        if isinstance(x, Cache):
+            ins[i] = replace(x, dtype=DType.BF16)
+        elif isinstance(x, np.ndarray) and MATRICES.get(case.op) == i:
+            ins[i] = _rounded(x)
+    if all(x is y for x, y in zip(ins, case.ins, strict=True)):
+        return None
+    return replace(case, name=f"{case.name}, bf16", ins=tuple(ins), tolerance=1e-2)
+
+
+def _rounded(x: Array) -> Array:
+    """The bits of the nearest bf16, ties to even, as uint16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def _input(ops: Ops, x: Array | Cache | None) -> Any:
     if x is None:
         return None
@@ -93,7 +126,7 @@ def _filled(ops: Ops, cache: Cache) -> Any:
     """A cache that holds k and v as they are: written with a rotation by no angle."""
     T, G, D = cache.k_TGD.shape
     memory = ops.memory
-    buffer = memory.kv_cache(cache.num_blocks, cache.block_tokens, G, D, FP32)
+    buffer = memory.kv_cache(cache.num_blocks, cache.block_tokens, G, D, cache.dtype)
     rows = np.concatenate((cache.k_TGD, cache.k_TGD, cache.v_TGD), axis=1).reshape(T, 3 * G * D)
     cos_sin = np.concatenate((np.ones((T, D // 2)), np.zeros((T, D // 2))), axis=1)
     ops.rope_kv_write(
@@ -282,7 +315,7 @@ def fused_cases() -> Iterator[OpCase]:
         case = OpCase(f"moe_assign {at}", "moe_assign", outs, (experts,), attrs, 0.0)
         if moe_assign.tile_rows(T * K, E) > 1:  # else nothing is written
             yield case
-        assignment = _run(case, reference)
+        assignment = outputs(case, reference)
         weight, bias = _normal(rng, E, N, M), _normal(rng, E, N)
         for activation in ACTIVATIONS:
             ins = (_normal(rng, T, M), experts, *assignment, weight, bias)

@@ -37,7 +37,6 @@ SAMPLE = (i(2), f(2, 5), f(2, 5), f(2), i(2), f(2), f(2), np.zeros(2, np.int64),
 NO_PENALTY = (f(2), f(2), f(2), i(3), i(0), i(0))
 EPS = {"eps": 1e-6}
 NO_BIAS = (i(3), i(0), f(0))
-FUSED = ("moe_assign", "expert_gated", "expert_down")
 META = np.zeros((4, 2, 2, 8), np.uint16)  # of the cache's blocks
 REQUESTS = (i(1, 2), i(2), i(1), i(1), i(1))
 UNIT_SCORES = (f(1, 2, 2, 1), f(3, 4, 8), META, *REQUESTS)
@@ -46,6 +45,7 @@ SCORING = IN_LAYER | {"scale": 1.0}
 CHOICE = (i(1, 2, 2, 1), i(1, 2), f(1, 2, 2, 1), i(1), i(1), i(1))
 SELECTION = (i(1, 2, 2, 1), i(1, 2))
 KEPT = (f(1, 2), *ATTENTION[1:], *SELECTION, i(1))
+FUSED = ("moe_assign", "expert_gated", "expert_down")
 REFUSED = [
     ("linear", (f(2, 5), f(2, 4), f(5, 4), f(4)), {}, r"bias must be \[5\], got \[4\]"),
     ("linear", (f(2, 5), f(2, 4), f(5, 4), i(5)), {}, "bias must hold float32"),
