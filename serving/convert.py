@@ -40,7 +40,7 @@ SERVED = {  # message -> its fields that are read; any other field that is set i
     "SamplingParams": {*SAMPLING, *LISTS, "logit_bias"},
     "ResponseOptions": set(RESPONSE),
     "RequestOptions": {"cache_salt", "priority", "sparse"},
-    "Sparse": {"budget_tokens", "min_context", "layers_dense"},
+    "Sparse": {"budget_tokens", "min_context", "min_context_tokens", "layers_dense"},
     "TokenIds": {"ids"},
     "Prompt": {"text", "token_ids"},
     "EmbedRequest": {"request_id", "model", "inputs", "pooling", "normalize", "options"},
@@ -89,9 +89,14 @@ def sampling_params(request: Request) -> SamplingParams:
         found["logit_bias"] = dict(found["logit_bias"])
     if request.options.HasField("sparse"):
         sparse = request.options.sparse
+        context, earlier = (optional(sparse, n) for n in ("min_context", "min_context_tokens"))
+        if context is not None and earlier is not None:
+            raise InvalidRequest(
+                "sparse.min_context_tokens must not be set beside sparse.min_context"
+            )
         found["sparse"] = SparseParams(
             optional(sparse, "budget_tokens"),
-            optional(sparse, "min_context"),
+            earlier if context is None else context,
             list(sparse.layers_dense),
         )
     return SamplingParams(**found)

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 CPP = {".cpp", ".h"}
 MAX_FILE_LINES = 400
 MAX_FOLDER_LINES = [  # folder, kind of file, lines of code
-    ("engine", {".py"}, 7_000),
-    ("kernels", {".py"}, 5_000),
+    ("engine", {".py"}, 7_500),
+    ("kernels", {".py"}, 7_500),
     ("kernels", CPP, 6_000),
     ("compression", {".py"}, 4_000),
     ("serving", {".py"}, 4_000),

@@ -44,7 +44,7 @@ def greedy_of(directory):
     return short + long, oracle.greedy(short, STEPS) + oracle.greedy(long, STEPS)
 
 
-@pytest.fixture(params=Backend, ids=lambda backend: backend.value)
+@pytest.fixture(params=(Backend.CPU, Backend.REFERENCE), ids=lambda backend: backend.value)
 def driver(request, checkpoint):
     return make_driver(checkpoint, load(request.param))
 

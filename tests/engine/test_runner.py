@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-@pytest.fixture(params=Backend, ids=lambda backend: backend.value)
+@pytest.fixture(params=(Backend.CPU, Backend.REFERENCE), ids=lambda backend: backend.value)
 def driver(request, checkpoint):
     return make_driver(checkpoint, load(request.param), num_blocks=32, max_tokens=64)
 

@@ -68,6 +68,7 @@ def test_every_way_to_generate_takes_it(client, server):
         RULES | {"budget_tokens": 0},
         RULES | {"budget_tokens": 432},
         RULES | {"min_context": 420},
+        {"budget_tokens": 128, "min_context_tokens": 420, "layers_dense": [0]},  # its earlier name
         RULES | {"layers_dense": list(range(8))},
     ],
 )
@@ -86,6 +87,7 @@ def test_who_is_never_sparse_gets_dense_tokens(client, dense, rules):
         ({"budget_tokens": -1}, "sparse.budget_tokens.* got -1"),
         ({"min_context": -1}, "sparse.min_context must be .* at least 0, got -1"),
         ({"budget_tokens": 0, "min_context": -5}, "sparse.min_context"),
+        ({"min_context": 1, "min_context_tokens": 1}, "sparse.min_context_tokens must not be set"),
         ({"layers_dense": [1]}, r"sparse.layers_dense must be .* up to 7 at most, got \[1\]"),
         ({"layers_dense": [1, 0]}, "sparse.layers_dense"),
         ({"layers_dense": [0, 0]}, "sparse.layers_dense"),

@@ -308,14 +308,16 @@ class Qos(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., weight: _Optional[float] = ..., tier: _Optional[str] = ..., ttft_slo_ms: _Optional[float] = ..., itl_slo_ms: _Optional[float] = ..., deadline_ms: _Optional[float] = ..., max_queue_ms: _Optional[float] = ..., on_deadline: _Optional[_Union[Qos.OnDeadline, str]] = ..., estimated_output_tokens: _Optional[int] = ...) -> None: ...
 
 class Sparse(_message.Message):
-    __slots__ = ("budget_tokens", "min_context", "layers_dense")
+    __slots__ = ("budget_tokens", "min_context_tokens", "layers_dense", "min_context")
     BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    MIN_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    MIN_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_DENSE_FIELD_NUMBER: _ClassVar[int]
+    MIN_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     budget_tokens: int
-    min_context: int
+    min_context_tokens: int
     layers_dense: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, budget_tokens: _Optional[int] = ..., min_context: _Optional[int] = ..., layers_dense: _Optional[_Iterable[int]] = ...) -> None: ...
+    min_context: int
+    def __init__(self, budget_tokens: _Optional[int] = ..., min_context_tokens: _Optional[int] = ..., layers_dense: _Optional[_Iterable[int]] = ..., min_context: _Optional[int] = ...) -> None: ...
 
 class Constraint(_message.Message):
     __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf", "structural_tag", "from_first_token")
