@@ -54,7 +54,7 @@ class FakeCore:
         self._num_ops = 0
         names = EngineInfo.__dataclass_fields__
         values = dict.fromkeys(names, 1) | dict.fromkeys(
-            ("dtype", "backend", "kv_dtype", "weights", "isa"), "fp32"
+            ("dtype", "backend", "device", "kv_dtype", "weights", "isa"), "fp32"
         )
         values |= {"architecture": settings.architecture, "eos_token_ids": (1,), "load_s": 0.5}
         values["sparse"] = None

@@ -49,7 +49,7 @@ def make_engine(directory, *, backend=Backend.CPU, cache=None, **scheduler):
         backend=backend,
         scheduler=SchedulerConfig(**scheduler),
         cache=cache or CacheConfig(),
-        cpu=CpuConfig(threads=1),
+        cpu=CpuConfig(threads=1) if backend is Backend.CPU else CpuConfig(),
     )
     return core.load(config, lambda done, total: None)
 
