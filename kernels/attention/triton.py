@@ -16,163 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vivace.kernels.attention import tiles
 from vivace.kernels.buffer import SCALE_BYTES
 from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.gpu.sweep import LOG2E, LOWEST, load_queries, reloaded, sweep, with_sink
 from vivace.kernels.selection import unit_tokens
 
 MAX_HEAD_DIM = 256  # what registers and shared memory have room for
 NO_WINDOW = 2**30
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(
-    -1.0e30
-)  # below every score and finite: a row that sees nothing keeps a sum of 0
-
-
-@triton.jit
-def place(
-    table_ptr, units_ptr, n, position, ok, g, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Rows of K, of D elements each, of the positions n .. n + BLOCK_N - 1; those of V are G * S further on.
-
-    Of a selection, positions count in its units of U; U is 0 without one.
-    """
-    if U > 0:
-        unit = tl.load(units_ptr + position // U, mask=ok, other=0)
-        position = unit * U + position % U
-        block = tl.load(table_ptr + position // S, mask=ok, other=0).to(tl.int64)
-    elif S % BLOCK_N == 0:
-        block = tl.load(table_ptr + n // S).to(tl.int64)
-    else:
-        block = tl.load(table_ptr + position // S, mask=ok, other=0).to(tl.int64)
-    return (block * 2 * G + g) * S + position % S
-
-
-@triton.jit
-def load_heads(
-    kv_ptr, row, ok, D: tl.constexpr, WIDTH: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr
-):
-    """[BLOCK_N, PAD_D] of the cache; 0 where not ok and past D."""
-    d = tl.arange(0, PAD_D)
-    at = kv_ptr + row[:, None] * WIDTH + d[None, :]
-    if MASKED:
-        return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0)
-    if PAD_D != D:
-        return tl.load(at, mask=(d < D)[None, :], other=0)
-    return tl.load(at)
-
-
-@triton.jit
-def load_scales(kv_ptr, row, ok, D: tl.constexpr, WIDTH: tl.constexpr):
-    """[BLOCK_N] fp32, from the bytes behind the heads."""
-    at = (kv_ptr + row * WIDTH + D).to(tl.pointer_type(tl.float32))
-    return tl.load(at, mask=ok, other=0.0)
-
-
-@triton.jit
-def load_queries(
-    q_ptr, at, real, D: tl.constexpr, PAD_D: tl.constexpr, BF16: tl.constexpr, UPCAST: tl.constexpr
-):
-    """[BLOCK_M, PAD_D] as the products take them; 0 where not real and past D."""
-    d = tl.arange(0, PAD_D)
-    q = tl.load(
-        q_ptr + at[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
-    )
-    return rounded(q, BF16, UPCAST)
-
-
-@triton.jit
-def reloaded(q, out_ptr, at, real, D: tl.constexpr, PAD_D: tl.constexpr, UPCAST: tl.constexpr):
-    """The same queries by way of memory, where the result will be: Hopper multiplies what was loaded from shared memory."""
-    d = tl.arange(0, PAD_D)
-    kept = out_ptr.to(tl.pointer_type(tl.bfloat16)) + at[:, None] * (2 * D) + d[None, :]
-    ok = real[:, None] & (d < D)[None, :]
-    tl.store(kept, q.to(tl.bfloat16), mask=ok)
-    tl.debug_barrier()
-    return rounded(tl.load(kept, mask=ok, other=0.0), True, UPCAST)
-
-
-@triton.jit
-def rounded(x, BF16: tl.constexpr, UPCAST: tl.constexpr):
-    """fp32 in the type of the products. UPCAST: the interpreter's bf16 products are wrong."""
-    if BF16:
-        x = x.to(tl.bfloat16)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def tanh(x):
-    """By an exponential that cannot overflow."""
-    t = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    t = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def attend(
-    acc, m, norm, q, k, v, k_scale, v_scale, visible, inner, outer,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, BF16: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """One tile of K and V into the running sums; scores count in powers of two."""
-    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-    if INT8:
-        s *= k_scale[None, :]
-    if SOFTCAP:
-        s = tanh(s * inner)
-    if MASKED:
-        s = tl.where(visible, s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * outer)
-    p = tl.math.exp2(s * outer - m_new[:, None])
-    alpha = tl.math.exp2(m - m_new)
-    norm = norm * alpha + tl.sum(p, 1)
-    if INT8:
-        p *= v_scale[None, :]
-    acc = tl.dot(
-        rounded(p, BF16, UPCAST), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee"
-    )
-    return acc, m_new, norm
-
-
-@triton.jit
-def with_sink(m, norm, sinks_ptr, head):
-    """The sum of the weights with one more logit, and what the others shrink to."""
-    sink = tl.load(sinks_ptr + head) * LOG2E
-    m_new = tl.maximum(m, sink)
-    rest = tl.math.exp2(m - m_new)
-    return norm * rest + tl.math.exp2(sink - m_new), rest
-
-
-@triton.jit
-def sweep(
-    acc, m, norm, q, kv, table_ptr, units_ptr, g, lo, hi, first, end, last, window, inner, outer,
-    G: tl.constexpr, S: tl.constexpr, U: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
-    BF16: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The tiles of positions from lo, a multiple of BLOCK_N, to hi; of them, if MASKED, only first .. end - 1 are read."""
-    WIDTH: tl.constexpr = D + 4 * INT8
-    for n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        position = n + tl.arange(0, BLOCK_N)
-        ok = (position >= first) & (position < end)
-        ago = last[:, None] - position[None, :]
-        visible = ok[None, :] & (ago >= 0) & (ago < window)
-        k_scale, v_scale = 1.0, 1.0
-        if TMA:
-            row = place(table_ptr, units_ptr, n, n, True, g, G, S, U, BLOCK_N).to(tl.int32)
-            k = kv.load([row, 0])
-            v = kv.load([row + G * S, 0])
-            if MASKED:  # what nobody wrote may be NaN, and 0 * NaN is NaN
-                v = tl.where(ok[:, None], v, 0.0)
-        else:
-            row = place(table_ptr, units_ptr, n, position, ok, g, G, S, U, BLOCK_N)
-            k = load_heads(kv, row, ok, D, WIDTH, PAD_D, MASKED)
-            v = load_heads(kv, row + G * S, ok, D, WIDTH, PAD_D, MASKED)
-            if INT8:
-                k_scale = load_scales(kv, row, ok, D, WIDTH)
-                v_scale = load_scales(kv, row + G * S, ok, D, WIDTH)
-        acc, m, norm = attend(
-            acc, m, norm, q, k, v, k_scale, v_scale, visible, inner, outer, MASKED, SOFTCAP, INT8, BF16, UPCAST
-        )  # fmt: skip
-    return acc, m, norm
 
 
 @triton.jit
@@ -248,7 +96,7 @@ def attn_decode(
     table_ptr = tables_ptr + b.to(tl.int64) * X
     acc, m, norm = sweep(
         acc, m, norm, q, kv_ptr, table_ptr, units_ptr, g, lo, hi, first, hi, end - num_rows + row, window,
-        inner, outer, G, S, U * IS_SPARSE, D, PAD_D, BLOCK_N, True, None, False, SOFTCAP, INT8, BF16, UPCAST,
+        inner, outer, G, S, U * IS_SPARSE, D, PAD_D, BLOCK_N, True, False, False, SOFTCAP, INT8, BF16, UPCAST,
     )  # fmt: skip
     slot = tl.where(slots == T, start, b * SHORT) + row
     at = (slot.to(tl.int64) * H + head) * splits + split
@@ -406,7 +254,7 @@ def attn_prefill(
             lo, hi = tl.maximum(whole, edge), end
         acc, m, norm = sweep(
             acc, m, norm, q, kv, table_ptr, table_ptr, g, lo, hi, first, end, low + row, window, inner, outer,
-            G, S, 0, D, PAD_D, BLOCK_N, part != 1, None if part == 1 else 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
+            G, S, 0, D, PAD_D, BLOCK_N, part != 1, True, TMA, SOFTCAP, INT8, BF16, UPCAST,
         )  # fmt: skip
     if HAS_SINKS:
         norm, rest = with_sink(m, norm, sinks_ptr, head)
@@ -418,16 +266,11 @@ def attn_prefill(
     tl.store(out_ptr + at[:, None] * D + d[None, :], acc, mask=real[:, None] & (d < D)[None, :])
 
 
-def bucket(kv_cache: torch.Tensor, head_dim: int) -> str:
-    """Shapes that want the same tiles."""
-    return f"{str(kv_cache.dtype).removeprefix('torch.')}-d{triton.next_power_of_2(head_dim)}"
-
-
-def fits_boxes(kv_cache: torch.Tensor, block_n: int) -> bool:
-    """Whether the tensor memory accelerator can load a tile of this cache as one box."""
-    S, D = kv_cache.shape[3:]
-    aligned = D * kv_cache.element_size() % 16 == 0 and D >= 16
-    return kv_cache.dtype != torch.int8 and aligned and S % block_n == 0
+def _check_heads(D: int, is_int8: bool) -> None:
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {D}")
+    if is_int8 and D % SCALE_BYTES:
+        raise ValueError(f"head size of an int8 cache must be a multiple of 4, got {D}")
 
 
 def bind(launcher: Launcher) -> Callable[..., None]:
@@ -450,24 +293,19 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         softcap: float = 0.0,
     ) -> None:
         (T, H, D), (B, X) = q_THD.shape, block_tables_BX.shape
-        is_fp32, is_int8 = (kv_cache.dtype == one for one in (torch.float32, torch.int8))
-        if D > MAX_HEAD_DIM:
-            raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {D}")
-        if is_int8 and D % SCALE_BYTES:
-            raise ValueError(f"head size of an int8 cache must be a multiple of 4, got {D}")
+        S, dtype = kv_cache.shape[3], str(kv_cache.dtype).removeprefix("torch.")
+        is_fp32, is_int8 = dtype == "float32", dtype == "int8"
+        _check_heads(D, is_int8)
         if T == 0:
             return
-        shapes = bucket(kv_cache, D)
-        S, pad_d, group = kv_cache.shape[3], max(16, triton.next_power_of_2(D)), H // num_kv_heads
+        pad_d, group = max(16, triton.next_power_of_2(D)), H // num_kv_heads
+        is_plain = group & (group - 1) == 0 and not softcap and not is_int8
+        shapes = f"{dtype}-d{pad_d}"  # that want the same tiles
         block_m = max(16, triton.next_power_of_2(group))
         short = block_m // group
         heads = {"H": H, "G": num_kv_heads, "S": S, "D": D, "PAD_D": pad_d, "SHORT": short}
-        cache = heads | {
-            "SOFTCAP": softcap > 0,
-            "INT8": is_int8,
-            "BF16": not is_fp32,
-            "UPCAST": launcher.upcast,
-        }
+        cache = heads | {"SOFTCAP": softcap > 0}
+        cache |= {"INT8": is_int8, "BF16": not is_fp32, "UPCAST": launcher.upcast}
         inner, outer = scale / softcap if softcap else 1.0, float(LOG2E.value) * (softcap or scale)
         scaling = (window or NO_WINDOW, inner, outer)
         requests = (query_starts, context_lens_B)
@@ -490,33 +328,20 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             )
         has_sinks = {"HAS_SINKS": sinks_H is not None}
         sinks = q_THD if sinks_H is None else sinks_H  # a pointer that nobody follows
+        sizes = (B, X, splits, slots, T, scaling[0])
         launcher.launch(
             attn_combine,
             (H, B + 1),
-            (
-                out_THD,
-                sums,
-                stats,
-                *requests,
-                *selection,
-                sinks,
-                B,
-                X,
-                splits,
-                slots,
-                T,
-                scaling[0],
-            ),
+            (out_THD, sums, stats, *requests, *selection, sinks, *sizes),
             heads | has_sinks | {"U": unit, "SPLIT": config.tiles["SPLIT"], "CHUNK": 16},
             Config(),
         )
 
-        config = launcher.config(
-            "attn_prefill", shapes, tiles.prefill(is_fp32, D, launcher.has_tma)
-        )
+        default = tiles.prefill(is_fp32, D, launcher.has_tma, is_plain)
+        config = launcher.config("attn_prefill", shapes, default)
         block_n, rows = config.tiles["BLOCK_N"], max(config.tiles["BLOCK_M"], block_m)
         num_tiles = T // (rows // group) + min(B, T // (short + 1))
-        is_boxed = launcher.has_tma and fits_boxes(kv_cache, block_n)
+        is_boxed = launcher.has_tma and tiles.fit_boxes(kv_cache.element_size(), S, D, block_n)
         kv: torch.Tensor | TensorDescriptor = kv_cache
         if is_boxed:
             kv = TensorDescriptor.from_tensor(kv_cache.view(-1, D), [block_n, pad_d])

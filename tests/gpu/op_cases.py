@@ -157,6 +157,8 @@ def op_cases() -> Iterator[OpCase]:
     for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128), (4, 1, 256)):
         yield from _attention_cases(rng, H, G, D)
         yield from _sparse_cases(rng, H, G, D)
+        yield from _attention_cases(rng, H, G, D, 64)
+        yield from _attention_cases(rng, H, G, D, 64, DType.BF16)
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
         yield from _expert_cases(rng, T, E, K)
@@ -208,9 +210,11 @@ def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
         yield OpCase(f"kv_write {T}x{H}x{D}", "rope_kv_write", out, unrotated, attrs)
 
 
-def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
+def _attention_cases(
+    rng: np.random.Generator, H: int, G: int, D: int, S: int = 16, dtype: DType = FP32
+) -> Iterator[OpCase]:
     """Two decoding requests and two prompts' chunks in one call, contexts around a split of 256."""
-    S, contexts, counts = 16, (257, 31, 256, 600), (1, 1, 7, 64)
+    contexts, counts = (257, 31, 256, 600), (1, 1, 7, 64)
     columns = -(-max(contexts) // S)
     tables = rng.permutation(4 * columns).reshape(4, columns).astype(np.int32)
     slots = np.concatenate(
@@ -220,16 +224,20 @@ def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterat
         ]
     ).astype(np.int32)
     total, T = len(slots), sum(counts)
-    cache = Cache(4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots)
+    cache = Cache(
+        4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots, dtype
+    )
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     ins = (_normal(rng, T, H, D), cache, tables, starts, np.array(contexts, np.int32))
     attrs: Attrs = {"num_kv_heads": G, "scale": D**-0.5}
-    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}"
-    yield OpCase(f"attention {at}", "attention", outs, ins, attrs)
-    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, _normal(rng, H)), attrs)
+    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}, blocks of {S} in {dtype.value}"
+    tolerance = 1e-5 if dtype is FP32 else 1e-2  # a GPU multiplies in the cache's type
+    yield OpCase(f"attention {at}", "attention", outs, ins, attrs, tolerance)
+    sinks = _normal(rng, H)
+    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, sinks), attrs, tolerance)
     for window in (1, 100, 256):
         more: Attrs = attrs | {"window": window, "softcap": 5.0}
-        yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more)
+        yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more, tolerance)
 
 
 def _sparse_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
