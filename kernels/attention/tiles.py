@@ -12,11 +12,10 @@ DECODE = (
     Config({"BLOCK_N": 128, "SPLIT": 1024}, num_warps=4, num_stages=2),
 )
 PREFILL = (
+    # Two thread blocks of four warps a multiprocessor: one's products run beside the other's softmax.
+    Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=2),
+    Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
     Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-    Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
-    Config(
-        {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=2
-    ),  # 40 bytes of stack on sm_90
     Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
     Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 )
@@ -38,9 +37,20 @@ def decode(is_fp32: bool, head_dim: int) -> Config:
     return DECODE[0]
 
 
-def prefill(is_fp32: bool, head_dim: int, is_hopper: bool) -> Config:
-    """Of attn_prefill where nothing was tuned: the most rows that need no stack."""
+def prefill(is_fp32: bool, head_dim: int, is_hopper: bool, is_plain: bool) -> Config:
+    """Of attn_prefill where nothing was tuned: the most rows a warp that need no stack.
+
+    Plain: 1, 2, 4 .. heads a KV head, no softcap, no int8; the rest takes a few registers more.
+    """
     if is_fp32:
-        rows, block_n = 64, 16 if head_dim > 128 else 32
-        return Config({"BLOCK_M": rows, "BLOCK_N": block_n}, num_warps=8, num_stages=1)
-    return PREFILL[0] if is_hopper and head_dim <= 128 else PREFILL[4]
+        block_n = 16 if head_dim > 128 else 32
+        return Config({"BLOCK_M": 64, "BLOCK_N": block_n}, num_warps=8, num_stages=1)
+    if not is_hopper or head_dim > 128:
+        return PREFILL[4]
+    return PREFILL[0] if is_plain else PREFILL[2]
+
+
+def fit_boxes(element_bytes: int, block_tokens: int, head_dim: int, block_n: int) -> bool:
+    """Whether the tensor memory accelerator can load a tile of K or V as one box: bf16 or fp32, rows of 16 bytes."""
+    is_aligned = head_dim >= 16 and head_dim * element_bytes % 16 == 0
+    return element_bytes > 1 and is_aligned and block_tokens % block_n == 0

@@ -135,12 +135,14 @@ def with_sink(m, norm, sinks_ptr, head):
 def sweep(
     acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, last, window, inner, outer,
     G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
+    MASKED: tl.constexpr, IN_CHUNK: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
     BF16: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The tiles of positions from lo, a multiple of BLOCK_N, to hi; of them, if MASKED, only first .. end - 1 are read."""
     WIDTH: tl.constexpr = D + 4 * INT8
-    for n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+    # A chunk's edges are a tile or two. What is hoisted out of three loops has no room in registers.
+    STAGES: tl.constexpr = 1 if MASKED and IN_CHUNK else None
+    for n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, disable_licm=IN_CHUNK and BF16):
         position = n + tl.arange(0, BLOCK_N)
         ok = (position >= first) & (position < end)
         ago = last[:, None] - position[None, :]
@@ -217,7 +219,7 @@ def attn_decode(
     table_ptr = tables_ptr + b.to(tl.int64) * X
     acc, m, norm = sweep(
         acc, m, norm, q, kv_ptr, table_ptr, g, lo, hi, first, hi, end - num_rows + row, window, inner, outer,
-        G, S, D, PAD_D, BLOCK_N, True, None, False, SOFTCAP, INT8, BF16, UPCAST,
+        G, S, D, PAD_D, BLOCK_N, True, False, False, SOFTCAP, INT8, BF16, UPCAST,
     )  # fmt: skip
     slot = tl.where(slots == T, start, b * SHORT) + row
     at = (slot.to(tl.int64) * H + head) * splits + split
@@ -369,7 +371,7 @@ def attn_prefill(
             lo, hi = tl.maximum(whole, edge), end
         acc, m, norm = sweep(
             acc, m, norm, q, kv, table_ptr, g, lo, hi, first, end, low + row, window, inner, outer,
-            G, S, D, PAD_D, BLOCK_N, part != 1, None if part == 1 else 1, TMA, SOFTCAP, INT8, BF16, UPCAST,
+            G, S, D, PAD_D, BLOCK_N, part != 1, True, TMA, SOFTCAP, INT8, BF16, UPCAST,
         )  # fmt: skip
     if HAS_SINKS:
         norm, rest = with_sink(m, norm, sinks_ptr, head)
@@ -379,18 +381,6 @@ def attn_prefill(
     d = tl.arange(0, PAD_D)
     acc /= tl.where(norm == 0, 1.0, norm)[:, None]
     tl.store(out_ptr + at[:, None] * D + d[None, :], acc, mask=real[:, None] & (d < D)[None, :])
-
-
-def bucket(kv_cache: torch.Tensor, head_dim: int) -> str:
-    """Shapes that want the same tiles."""
-    return f"{str(kv_cache.dtype).removeprefix('torch.')}-d{triton.next_power_of_2(head_dim)}"
-
-
-def fits_boxes(kv_cache: torch.Tensor, block_n: int) -> bool:
-    """Whether the tensor memory accelerator can load a tile of this cache as one box."""
-    S, D = kv_cache.shape[3:]
-    aligned = D * kv_cache.element_size() % 16 == 0 and D >= 16
-    return kv_cache.dtype != torch.int8 and aligned and S % block_n == 0
 
 
 def bind(launcher: Launcher) -> Callable[..., None]:
@@ -411,26 +401,22 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         softcap: float = 0.0,
     ) -> None:
         (T, H, D), (B, X) = q_THD.shape, block_tables_BX.shape
-        is_fp32, is_int8 = (kv_cache.dtype == one for one in (torch.float32, torch.int8))
+        S, dtype = kv_cache.shape[3], str(kv_cache.dtype).removeprefix("torch.")
+        is_fp32, is_int8 = dtype == "float32", dtype == "int8"
         if D > MAX_HEAD_DIM:
             raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {D}")
         if is_int8 and D % SCALE_BYTES:
             raise ValueError(f"head size of an int8 cache must be a multiple of 4, got {D}")
         if T == 0:
             return
-        shapes = bucket(kv_cache, D)
-        S, pad_d, group = kv_cache.shape[3], max(16, triton.next_power_of_2(D)), H // num_kv_heads
+        pad_d, group = max(16, triton.next_power_of_2(D)), H // num_kv_heads
+        is_plain = group & (group - 1) == 0 and not softcap and not is_int8
+        shapes = f"{dtype}-d{pad_d}"  # that want the same tiles
         block_m = max(16, triton.next_power_of_2(group))
         short = block_m // group
         heads = {"H": H, "D": D, "PAD_D": pad_d, "SHORT": short}
-        cache = heads | {
-            "G": num_kv_heads,
-            "S": S,
-            "SOFTCAP": softcap > 0,
-            "INT8": is_int8,
-            "BF16": not is_fp32,
-            "UPCAST": launcher.upcast,
-        }
+        cache = heads | {"G": num_kv_heads, "S": S, "SOFTCAP": softcap > 0}
+        cache |= {"INT8": is_int8, "BF16": not is_fp32, "UPCAST": launcher.upcast}
         inner, outer = scale / softcap if softcap else 1.0, float(LOG2E.value) * (softcap or scale)
         scaling = (window or NO_WINDOW, inner, outer)
         requests = (query_starts, context_lens_B)
@@ -457,12 +443,11 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             Config(),
         )
 
-        config = launcher.config(
-            "attn_prefill", shapes, tiles.prefill(is_fp32, D, launcher.has_tma)
-        )
+        default = tiles.prefill(is_fp32, D, launcher.has_tma, is_plain)
+        config = launcher.config("attn_prefill", shapes, default)
         block_n, rows = config.tiles["BLOCK_N"], max(config.tiles["BLOCK_M"], block_m)
         num_tiles = T // (rows // group) + min(B, T // (short + 1))
-        is_boxed = launcher.has_tma and fits_boxes(kv_cache, block_n)
+        is_boxed = launcher.has_tma and tiles.fit_boxes(kv_cache.element_size(), S, D, block_n)
         kv: torch.Tensor | TensorDescriptor = kv_cache
         if is_boxed:
             kv = TensorDescriptor.from_tensor(kv_cache.view(-1, D), [block_n, pad_d])

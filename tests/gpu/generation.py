@@ -132,6 +132,8 @@ def rounding(ops: Ops) -> Ops:
         ops,
         linear=rounded(ops.linear, 0),
         expert_linear=rounded(ops.expert_linear, 1),
+        expert_gated=rounded(ops.expert_gated, 3),
+        expert_down=rounded(ops.expert_down, 3),
         attention=rounded(ops.attention, 0),
     )
 

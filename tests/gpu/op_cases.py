@@ -156,6 +156,7 @@ def op_cases() -> Iterator[OpCase]:
     yield from _rope_cases(rng)
     for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128), (4, 1, 256)):
         yield from _attention_cases(rng, H, G, D)
+        yield from _attention_cases(rng, H, G, D, S=64)
         yield from _sparse_cases(rng, H, G, D)
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
@@ -208,9 +209,11 @@ def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
         yield OpCase(f"kv_write {T}x{H}x{D}", "rope_kv_write", out, unrotated, attrs)
 
 
-def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
+def _attention_cases(
+    rng: np.random.Generator, H: int, G: int, D: int, S: int = 16
+) -> Iterator[OpCase]:
     """Two decoding requests and two prompts' chunks in one call, contexts around a split of 256."""
-    S, contexts, counts = 16, (257, 31, 256, 600), (1, 1, 7, 64)
+    contexts, counts = (257, 31, 256, 600), (1, 1, 7, 64)
     columns = -(-max(contexts) // S)
     tables = rng.permutation(4 * columns).reshape(4, columns).astype(np.int32)
     slots = np.concatenate(
@@ -224,9 +227,10 @@ def _attention_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterat
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     ins = (_normal(rng, T, H, D), cache, tables, starts, np.array(contexts, np.int32))
     attrs: Attrs = {"num_kv_heads": G, "scale": D**-0.5}
-    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}"
+    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}{'' if S == 16 else f', blocks of {S}'}"
     yield OpCase(f"attention {at}", "attention", outs, ins, attrs)
-    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, _normal(rng, H)), attrs)
+    sinks = _normal(rng, H)
+    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, sinks), attrs)
     for window in (1, 100, 256):
         more: Attrs = attrs | {"window": window, "softcap": 5.0}
         yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more)
