@@ -49,6 +49,7 @@ class Check:
             describe(arguments.device),
             is_rehearsal=is_rehearsal,
         )
+        self._start = time.perf_counter()
         self._deadline = Deadline(arguments.limit_s)
         patience = PATIENCE if is_rehearsal else 1
         self._crew = Crew(arguments.results / f"{name}.log", self._deadline, patience=patience)
@@ -108,6 +109,7 @@ class Check:
         if {"bars", "peers"} <= set(names):
             self._keep("beside", beside_peers(self.report.found), 0.0)
         self.report.write(is_complete=True)
+        self._write(f"--    all: {time.perf_counter() - self._start:.1f} s")
         counts = [sum(r.passed is x for r in self.report.results) for x in (True, False, None)]
         self._write(
             "{} passed, {} failed, {} without a bar; see {}".format(*counts, self.report.path)

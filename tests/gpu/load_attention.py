@@ -181,6 +181,11 @@ class Sparse:
 
     def run(self, ops: Ops) -> None:
         """All that a layer does for it."""
+        self.choose(ops)
+        self.step.run(ops, (self.selected_BGXZ, self.num_selected_BG))
+
+    def choose(self, ops: Ops) -> None:
+        """Score and select."""
         made, shape = self.step, self.step.shape
         who = made.lens_B, self.budgets_B, self.dense_layers_B
         ops.block_score(
@@ -202,7 +207,6 @@ class Sparse:
             layer=0,
             block_tokens=shape.S,
         )
-        made.run(ops, (self.selected_BGXZ, self.num_selected_BG))
 
 
 def sparse_step(ops: Ops, shape: Shape, device: str, budget_tokens: int) -> Sparse:

@@ -156,9 +156,8 @@ def op_cases() -> Iterator[OpCase]:
     yield from _rope_cases(rng)
     for H, G, D in ((4, 4, 16), (8, 2, 64), (8, 1, 80), (2, 2, 128), (4, 1, 256)):
         yield from _attention_cases(rng, H, G, D)
+        yield from _attention_cases(rng, H, G, D, S=64)
         yield from _sparse_cases(rng, H, G, D)
-        yield from _attention_cases(rng, H, G, D, 64)
-        yield from _attention_cases(rng, H, G, D, 64, DType.BF16)
     for T, E, K in ((1, 16, 2), (7, 60, 4), (129, 64, 8)):
         yield from _route_cases(rng, T, E, K)
         yield from _expert_cases(rng, T, E, K)
@@ -211,7 +210,7 @@ def _rope_cases(rng: np.random.Generator) -> Iterator[OpCase]:
 
 
 def _attention_cases(
-    rng: np.random.Generator, H: int, G: int, D: int, S: int = 16, dtype: DType = FP32
+    rng: np.random.Generator, H: int, G: int, D: int, S: int = 16
 ) -> Iterator[OpCase]:
     """Two decoding requests and two prompts' chunks in one call, contexts around a split of 256."""
     contexts, counts = (257, 31, 256, 600), (1, 1, 7, 64)
@@ -224,20 +223,17 @@ def _attention_cases(
         ]
     ).astype(np.int32)
     total, T = len(slots), sum(counts)
-    cache = Cache(
-        4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots, dtype
-    )
+    cache = Cache(4 * columns, S, _normal(rng, total, G, D), _normal(rng, total, G, D), slots)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     ins = (_normal(rng, T, H, D), cache, tables, starts, np.array(contexts, np.int32))
     attrs: Attrs = {"num_kv_heads": G, "scale": D**-0.5}
-    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}, blocks of {S} in {dtype.value}"
-    tolerance = 1e-5 if dtype is FP32 else 1e-2  # a GPU multiplies in the cache's type
-    yield OpCase(f"attention {at}", "attention", outs, ins, attrs, tolerance)
+    outs, at = (((T, H, D), FP32),), f"{H}/{G}x{D}{'' if S == 16 else f', blocks of {S}'}"
+    yield OpCase(f"attention {at}", "attention", outs, ins, attrs)
     sinks = _normal(rng, H)
-    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, sinks), attrs, tolerance)
+    yield OpCase(f"attention+sinks {at}", "attention", outs, (*ins, sinks), attrs)
     for window in (1, 100, 256):
         more: Attrs = attrs | {"window": window, "softcap": 5.0}
-        yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more, tolerance)
+        yield OpCase(f"attention+window {window} {at}", "attention", outs, ins, more)
 
 
 def _sparse_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[OpCase]:
@@ -266,7 +262,8 @@ def _sparse_cases(rng: np.random.Generator, H: int, G: int, D: int) -> Iterator[
     units, metas = rng.permutation(4 * X * Z).astype(np.int32), ((meta.shape, DType.BF16),)
     of_units: Attrs = {"block_tokens": S}
     name = f"block_meta_update {at}"
-    yield OpCase(name, "block_meta_update", metas, (cache, units), of_units, 2**-8)
+    ulp = 2**-7  # of bf16: sums in another order may fall to the other side
+    yield OpCase(name, "block_meta_update", metas, (cache, units), of_units, ulp)
     counts = np.array([-(-n // U) for n in contexts])
     selected, num_selected = np.zeros((4, G, X * Z), np.int32), np.full((4, G), -1, np.int32)
     for b in (0, 1):
