@@ -219,11 +219,13 @@ def test_no_row_depends_on_its_neighbours_in_triton(op, outs, ins, attrs):
 def test_no_token_depends_on_where_the_others_go(threads, scoring, renormalize):
     """Bitwise: routing in groups, and the experts' projections."""
     rng, T, E, K = np.random.default_rng(0), 70, 12, 3
-    inputs = [normal(rng, T, E), normal(rng, E)]
+    inputs = [normal(rng, T, E), None, normal(rng, E)]
     groups = {"num_groups": 4, "top_groups": 2}
     attrs = {"scoring": scoring, "renormalize": renormalize, **groups}
     outs = [(K,), (K, np.int32)]
-    _, experts = compare_slices(of_cpu(threads), "moe_route", outs, inputs, (True, False), attrs)
+    _, experts = compare_slices(
+        of_cpu(threads), "moe_route", outs, inputs, (True, False, False), attrs
+    )
     for x in (normal(rng, T, 45), normal(rng, T, K, 45)):
         inputs = [x, experts, normal(rng, E, 33, 45), normal(rng, E, 33)]
         rows = (True, True, False, False)
