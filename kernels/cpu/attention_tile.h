@@ -25,6 +25,7 @@ constexpr int kPairs = 24;
 constexpr int kRows = kWidth == 16 ? 12 : 6;     // of these, whose sums with two vectors of K stay in registers,
 constexpr int kValueRows = 6;                    // or with so many vectors of V
 constexpr int kColumns = kWidth == 16 ? 4 : 2;
+constexpr int64_t kFewRuns = 2;
 constexpr float kLowest = -__builtin_inff();
 
 struct State {
@@ -102,20 +103,30 @@ void score(const cpu::AttentionArgs& a, const float* q, float* p, const Run<Elem
   }
 }
 
-// p . V over all runs for R pairs and C vectors of a head, of which `left` elements are there.
+// Runs whose values are added up at a time. Where all rows are met at once, in decode, they are few: then a row that has more
+// vectors than registers hold comes from memory once.
+template <typename Element>
+struct Few {
+  const Run<Element> *end, *last;  // of these, and of the split
+  const Element* after;            // what is read after the split
+  bool is_first;
+};
+
+// p . V over some runs for R pairs and C vectors of a head, of which `left` elements are there.
 template <int R, int C, typename Element>
-void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<Element>* run, const Run<Element>* end,
-            int64_t d, const Element* after) {
+void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<Element>* run, const Few<Element>& few,
+            int64_t d) {
   Vec sums[R][C];
+  const int64_t left = a.D - d;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sums[r][c] = Vec{};
-  const int64_t left = a.D - d;
+    for (int c = 0; c < C; ++c)
+      sums[r][c] = few.is_first ? Vec{} : load_first(acc + r * a.D + d + c * kWidth, c == C - 1 ? left - c * kWidth : kWidth);
   const auto rows = [&](auto load_last) __attribute__((always_inline)) {
-    for (; run < end; ++run) {
+    for (; run < few.end; ++run) {
       const Element* v = run->v + d;
-      const Element* next = run + 2 < end ? run[2].v + d : after;
+      const Element* next = run + 2 < few.last ? run[2].v + d : few.after;
       for (int64_t i = run->first; i < run->last; ++i, v += a.D, next += a.D) {
         Vec row[C];
 #pragma GCC unroll 4
@@ -146,11 +157,11 @@ void values(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<E
 
 template <int R, typename Element, int C = kColumns>
 void values_of(const cpu::AttentionArgs& a, const float* p, float* acc, const Run<Element>* run,
-               const Run<Element>* end, int64_t d, const Element* after) {
+               const Few<Element>& few, int64_t d) {
   if constexpr (C > 1) {
-    if (a.D - d <= (C - 1) * kWidth) return values_of<R, Element, C - 1>(a, p, acc, run, end, d, after);
+    if (a.D - d <= (C - 1) * kWidth) return values_of<R, Element, C - 1>(a, p, acc, run, few, d);
   }
-  values<R, C>(a, p, acc, run, end, d, after);
+  values<R, C>(a, p, acc, run, few, d);
 }
 
 template <typename Element, size_t... R>
@@ -271,8 +282,12 @@ void attend_split(const cpu::AttentionArgs& a, const Tile& tile, Work<Element>& 
                ? (tile.count - r + 1) / 2
                : std::min<int64_t>(tile.count - r, kValueRows);
     const auto add_up = values_for<Element>(rows, std::make_index_sequence<kValueRows>());
-    for (int64_t d = 0; d < a.D; d += kColumns * kWidth)
-      add_up(a, w.p + r * kSplit, w.split_acc + r * a.D, runs, runs + num_runs, d, next.k);
+    const int64_t together = tile.count > kValueRows ? num_runs : kFewRuns;
+    for (int64_t i = 0; i < num_runs; i += together) {
+      const Few<Element> few{runs + std::min(i + together, num_runs), runs + num_runs, next.k, i == 0};
+      for (int64_t d = 0; d < a.D; d += kColumns * kWidth)
+        add_up(a, w.p + r * kSplit, w.split_acc + r * a.D, runs + i, few, d);
+    }
   }
 }
 
