@@ -24,9 +24,7 @@ NO_WINDOW = 2**30
 
 
 @triton.jit
-def extent(
-    lens_ptr, counts_ptr, units_ptr, b, g, X, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr
-):
+def extent(lens_ptr, counts_ptr, units_ptr, b, g, X, G, S: tl.constexpr, U: tl.constexpr):
     """Positions that a request attends to for one KV head, in how many units of a selection (-1: all), and which those are."""
     end = tl.load(lens_ptr + b)
     count = -1
@@ -106,7 +104,7 @@ def attn_decode(
     tl.store(sums_ptr + at[:, None] * D + d[None, :], acc, mask=real[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "B", "X", "splits", "slots", "window"])
+@triton.jit(do_not_specialize=["T", "B", "X", "H", "G", "SHORT", "splits", "slots", "window"])
 def attn_combine(
     out_ptr,  # fp32 [T, H, D], out: rows of short requests, and of nobody
     sums_ptr,  # fp32 [slots, H, splits, D]
@@ -122,13 +120,13 @@ def attn_combine(
     slots,
     T,
     window,
-    H: tl.constexpr,
-    G: tl.constexpr,
+    H,
+    G,
+    SHORT,
     S: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
     PAD_D: tl.constexpr,
-    SHORT: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -303,8 +301,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         shapes = f"{dtype}-d{pad_d}"  # that want the same tiles
         block_m = max(16, triton.next_power_of_2(group))
         short = block_m // group
-        heads = {"H": H, "G": num_kv_heads, "S": S, "D": D, "PAD_D": pad_d, "SHORT": short}
-        cache = heads | {"SOFTCAP": softcap > 0}
+        widths = {"S": S, "D": D, "PAD_D": pad_d}
+        cache = widths | {"H": H, "G": num_kv_heads, "SHORT": short, "SOFTCAP": softcap > 0}
         cache |= {"INT8": is_int8, "BF16": not is_fp32, "UPCAST": launcher.upcast}
         inner, outer = scale / softcap if softcap else 1.0, float(LOG2E.value) * (softcap or scale)
         scaling = (window or NO_WINDOW, inner, outer)
@@ -328,12 +326,12 @@ def bind(launcher: Launcher) -> Callable[..., None]:
             )
         has_sinks = {"HAS_SINKS": sinks_H is not None}
         sinks = q_THD if sinks_H is None else sinks_H  # a pointer that nobody follows
-        sizes = (B, X, splits, slots, T, scaling[0])
+        sizes = (B, X, splits, slots, T, scaling[0], H, num_kv_heads, short)
         launcher.launch(
             attn_combine,
             (H, B + 1),
             (out_THD, sums, stats, *requests, *selection, sinks, *sizes),
-            heads | has_sinks | {"U": unit, "SPLIT": config.tiles["SPLIT"], "CHUNK": 16},
+            has_sinks | widths | {"U": unit, "SPLIT": config.tiles["SPLIT"], "CHUNK": 16},
             Config(),
         )
 

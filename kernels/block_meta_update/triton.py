@@ -14,12 +14,12 @@ from vivace.kernels.selection import unit_tokens
 CONFIG = Config(num_warps=1, num_stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def block_meta_update(
     meta,  # bf16 [N * Z, G, 2, D]
     kv_cache,  # fp32, bf16 or int8 [N, 2, G, S, D or D + 4]
     units,  # int32 [grid 0]
-    G: tl.constexpr,
+    G,
     S: tl.constexpr,
     D: tl.constexpr,
     U: tl.constexpr,
@@ -52,12 +52,12 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         _, G, _, D = meta.shape
         U = unit_tokens(block_tokens)
         padded = {"TOKENS": triton.next_power_of_2(U), "WIDTH": triton.next_power_of_2(D)}
-        shape = {"G": G, "S": block_tokens, "D": D, "U": U}
+        shape = {"S": block_tokens, "D": D, "U": U}
         types = {"IS_INT8": kv_cache.dtype == torch.int8, "UPCAST": launcher.upcast}
         launcher.launch(
             block_meta_update,
             (len(units), G),
-            (meta, kv_cache, units),
+            (meta, kv_cache, units, G),
             shape | padded | types,
             CONFIG,
         )

@@ -24,7 +24,7 @@ def is_sparse(context_len, budget, dense_layers, layer, U: tl.constexpr):
     return (layer >= dense_layers) & (budget > 0) & (budget < (context_len + U - 1) // U)
 
 
-@triton.jit(do_not_specialize=["X", "layer", "scale"])
+@triton.jit(do_not_specialize=["X", "layer", "scale", "H", "G"])
 def score_heads(
     head_scores,  # fp32 [B, H, X * Z], out
     parts,  # fp32 [B, H, chunks, 2], out: maximum, sum of exp
@@ -37,9 +37,9 @@ def score_heads(
     dense_layers,  # int32 [B]
     X,
     layer,
+    H,
+    G,
     scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
     D: tl.constexpr,
     U: tl.constexpr,
     Z: tl.constexpr,
@@ -54,7 +54,7 @@ def score_heads(
     if is_mine & (chunk * CHUNK < num_full):
         d = tl.arange(0, WIDTH)
         row = (tl.load(query_starts + b + 1) - 1).to(tl.int64)
-        for i in tl.static_range(H // G):
+        for i in range(H // G):
             h = g * (H // G) + i
             q_D = tl.load(q + (row * H + h) * D + d, mask=d < D, other=0.0) * scale
             best, total = -float("inf"), 0.0
@@ -78,7 +78,7 @@ def score_heads(
             tl.store(part + 1, total)
 
 
-@triton.jit(do_not_specialize=["X", "layer"])
+@triton.jit(do_not_specialize=["X", "layer", "H", "G"])
 def best_of_heads(
     scores,  # fp32 [B, G, X * Z], out
     head_scores,  # fp32 [B, H, X * Z]
@@ -88,8 +88,8 @@ def best_of_heads(
     dense_layers,  # int32 [B]
     X,
     layer,
-    H: tl.constexpr,
-    G: tl.constexpr,
+    H,
+    G,
     U: tl.constexpr,
     Z: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -101,7 +101,7 @@ def best_of_heads(
         num_full = length // U
         j = chunk * CHUNK + tl.arange(0, CHUNK)
         best = tl.full((CHUNK,), -float("inf"), tl.float32)
-        for i in tl.static_range(H // G):
+        for i in range(H // G):
             head = b.to(tl.int64) * H + g * (H // G) + i
             most, total = -float("inf"), 0.0
             for first in range(0, tl.cdiv(num_full, CHUNK), PARTS):
@@ -141,8 +141,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         chunks = triton.cdiv(X * Z, CHUNK)
         head_scores = launcher.scratch("block_score.heads", (B, H, X * Z), torch.float32)
         parts = launcher.scratch("block_score.parts", (B, H, chunks, 2), torch.float32)
-        shape = {"H": H, "G": G, "U": unit_tokens(block_tokens), "Z": Z, "CHUNK": CHUNK}
-        who = (context_lens_B, budgets_B, dense_layers_B, X, layer)
+        shape = {"U": unit_tokens(block_tokens), "Z": Z, "CHUNK": CHUNK}
+        who = (context_lens_B, budgets_B, dense_layers_B, X, layer, H, G)
         launcher.launch(
             score_heads,
             (B, G, chunks),

@@ -26,7 +26,7 @@ def keys_of(scores, j, num_units, SINKS: tl.constexpr, RECENT: tl.constexpr):
     return tl.where((j < SINKS) | (j >= num_units - RECENT), 0xFFFFFFFF, key)
 
 
-@triton.jit(do_not_specialize=["X", "layer"])
+@triton.jit(do_not_specialize=["X", "layer", "G"])
 def block_topk(
     selected,  # int32 [B, G, X * Z], out
     num_selected,  # int32 [B, G], out
@@ -36,7 +36,7 @@ def block_topk(
     dense_layers,  # int32 [B]
     X,
     layer,
-    G: tl.constexpr,
+    G,
     U: tl.constexpr,
     Z: tl.constexpr,
     SINKS: tl.constexpr,
@@ -95,8 +95,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         block_tokens: int,
     ) -> None:
         B, G, X, Z = scores_BGXZ.shape
-        who = (context_lens_B, budgets_B, dense_layers_B, X, layer)
-        shape = {"G": G, "U": unit_tokens(block_tokens), "Z": Z}
+        who = (context_lens_B, budgets_B, dense_layers_B, X, layer, G)
+        shape = {"U": unit_tokens(block_tokens), "Z": Z}
         launcher.launch(
             block_topk,
             (B, G),

@@ -38,7 +38,7 @@ def capped(score, softcap):
     return score
 
 
-@triton.jit(do_not_specialize=["X", "scale", "softcap"])
+@triton.jit(do_not_specialize=["X", "H", "G", "scale", "softcap"])
 def weigh_chunk(
     parts,  # fp32 [B, H, chunks, 3], out: maximum, sum of exp, sum of those that are kept
     q,  # fp32 [T, H, D]
@@ -50,10 +50,10 @@ def weigh_chunk(
     num_selected,  # int32 [B, G]
     measured,  # int32 [B]
     X,
+    H,
+    G,
     scale,
     softcap,
-    H: tl.constexpr,
-    G: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
     U: tl.constexpr,
@@ -92,23 +92,24 @@ def weigh_chunk(
             tl.store(part + 2, kept)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "H", "G", "has_before"])
 def join_chunks(
     mass,  # fp32 [B, 2], out
-    before,  # fp32 [B, 2] or null
+    before,  # fp32 [B, 2], if has_before
     parts,  # fp32 [B, H, chunks, 3]
     context_lens,  # int32 [B]
     num_selected,  # int32 [B, G]
     measured,  # int32 [B]
     chunks,
-    H: tl.constexpr,
-    G: tl.constexpr,
+    H,
+    G,
+    has_before,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,  # parts that are read at a time
 ):
     b = tl.program_id(0).to(tl.int64)
     share, count = 0.0, 0.0
-    if before is not None:
+    if has_before != 0:
         share, count = tl.load(before + b * 2), tl.load(before + b * 2 + 1)
     if (tl.load(measured + b) != 0) & (tl.load(num_selected + b * G) >= 0):
         mine = tl.cdiv(tl.load(context_lens + b), CHUNK)
@@ -156,18 +157,20 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         parts = launcher.scratch("kept_mass", (B, H, chunks, 3), torch.float32)
         where = (block_tables_BX, query_starts, context_lens_B)
         which = (selected_BGXZ, num_selected_BG, measured_B)
-        shape = {"H": H, "G": G, "CHUNK": CHUNK}
+        shape = {"CHUNK": CHUNK}
         widths = {"S": S, "D": D, "U": unit_tokens(S), "WIDTH": triton.next_power_of_2(D)}
         types = {"IS_INT8": kv_cache.dtype == torch.int8, "UPCAST": launcher.upcast}
         launcher.launch(
             weigh_chunk,
             (B, G, chunks),
-            (parts, q_THD, kv_cache, *where, *which, X, scale, softcap),
+            (parts, q_THD, kv_cache, *where, *which, X, H, G, scale, softcap),
             shape | widths | types,
             launcher.config("kept_mass", f"D={D}", CONFIG),
         )
         join = Config({"PARTS": 64}, num_warps=1, num_stages=1)
-        args = (mass_B2, before_B2, parts, context_lens_B, num_selected_BG, measured_B, chunks)
+        before = mass_B2 if before_B2 is None else before_B2  # a pointer that nobody follows
+        lists = (context_lens_B, num_selected_BG, measured_B)
+        args = (mass_B2, before, parts, *lists, chunks, H, G, int(before_B2 is not None))
         launcher.launch(join_chunks, (B,), args, shape, join)
 
     return run

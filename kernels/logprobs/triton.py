@@ -13,6 +13,7 @@ from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.gpu.row_search import LOWEST, MINUS_INF, finite, key_of, mass_of, score_of
 
 CHUNK = 1024
+LEAST_BITS, LEAST_CHUNKS = 18, 256  # so that most vocabularies share what is compiled
 
 CHUNKS = Config()
 ROWS = Config()
@@ -28,11 +29,10 @@ def _chunks(
     chosen,  # int32 [R]
     V,
     K,
-    C: tl.constexpr,
     CHUNK: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, c, C = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     tokens = c * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + r * V + tokens, mask=tokens < V, other=MINUS_INF)
     limit = tl.load(logits + r * V + tl.load(chosen + r))
@@ -61,11 +61,11 @@ def _merge(
     chosen,  # int32 [R]
     V,
     K,
-    C: tl.constexpr,
+    CHUNK: tl.constexpr,
     BITS: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
-    r, c = tl.program_id(0).to(tl.int64), tl.arange(0, C_BLOCK)
+    r, c, C = tl.program_id(0).to(tl.int64), tl.arange(0, C_BLOCK), tl.cdiv(V, CHUNK)
     best_C = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
     best = finite(tl.max(best_C))
     mass_C = tl.load(masses + r * C + c, mask=c < C, other=0.0)
@@ -102,16 +102,16 @@ def bind(launcher: Launcher) -> Callable[..., None]:
     ) -> None:
         """See `kernels.logprobs`."""
         (R, V), K = logits_RV.shape, top_ids_RK.shape[1]
-        C, bits = triton.cdiv(V, CHUNK), max(V - 1, 1).bit_length()
+        C, bits = triton.cdiv(V, CHUNK), max(LEAST_BITS, (V - 1).bit_length())
         best_keys = launcher.scratch("logprobs_best_keys", (R, C, K), torch.int64)
         bests = launcher.scratch("logprobs_bests", (R, C), torch.float64)
         masses = launcher.scratch("logprobs_masses", (R, C), torch.float64)
         num_above = launcher.scratch("logprobs_num_above", (R, C), torch.int32)
         notes = (best_keys, bests, masses, num_above, logits_RV, tokens_R, V, K)
-        sizes = {"C": C, "BITS": bits}
-        launcher.launch(_chunks, (R, C), notes, {**sizes, "CHUNK": CHUNK}, chunks)
+        sizes = {"CHUNK": CHUNK, "BITS": bits}
+        launcher.launch(_chunks, (R, C), notes, sizes, chunks)
         outs = (chosen_R, ranks_R, top_ids_RK, top_logprobs_RK)
-        sizes |= {"C_BLOCK": triton.next_power_of_2(C)}
+        sizes |= {"C_BLOCK": max(LEAST_CHUNKS, triton.next_power_of_2(C))}
         launcher.launch(_merge, (R,), (*outs, *notes), sizes, rows)
 
     return run

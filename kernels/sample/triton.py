@@ -32,6 +32,7 @@ from vivace.kernels.gpu.row_search import (
     order_of,
     score_of,
 )
+from vivace.kernels.logprobs.triton import LEAST_BITS, LEAST_CHUNKS
 
 CHUNK = 1024
 GROUPS = 16  # of a chunk
@@ -69,7 +70,7 @@ def _draw(
     is_greedy,
     r,
     c,
-    C: tl.constexpr,
+    C,
 ):
     """Note down the best of a chunk."""
     drawn = scores.to(tl.float64)
@@ -148,11 +149,10 @@ def _adjust(
     bias_ids,  # int32
     bias_values,  # fp32
     V,
-    C: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, c, C = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     first = c * CHUNK
     tokens = first + tl.arange(0, CHUNK)
     row, out = logits + r * V, scores + r * V
@@ -201,7 +201,7 @@ def _bound(
     top_p,  # fp32 [R]
     min_p,  # fp32 [R]
     V,
-    C: tl.constexpr,
+    CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
     C_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -209,7 +209,7 @@ def _bound(
     r = tl.program_id(0).to(tl.int64)
     if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
         return
-    c, i = tl.arange(0, C_BLOCK), tl.arange(0, GROUP_BLOCK)
+    c, i, C = tl.arange(0, C_BLOCK), tl.arange(0, GROUP_BLOCK), tl.cdiv(V, CHUNK)
     best_C = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
     best = finite(tl.max(best_C))
     heads = tl.load(group_bests + r * C * GROUPS + i, mask=i < C * GROUPS, other=MINUS_INF)
@@ -356,11 +356,10 @@ def _apply(
     seeds,  # int64 [R]
     positions,  # int32 [R]
     V,
-    C: tl.constexpr,
     CHUNK: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, c, C = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     if not _is_filtered(temperature, top_k, top_p, min_p, r, V):
         return
     tokens = c * CHUNK + tl.arange(0, CHUNK)
@@ -383,10 +382,11 @@ def _choose(
     tokens,  # int32 [R]
     bests,  # fp64 [R, C]
     winners,  # int32 [R, C]
-    C: tl.constexpr,
+    V,
+    CHUNK: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
-    r, c = tl.program_id(0).to(tl.int64), tl.arange(0, C_BLOCK)
+    r, c, C = tl.program_id(0).to(tl.int64), tl.arange(0, C_BLOCK), tl.cdiv(V, CHUNK)
     drawn = tl.load(bests + r * C + c, mask=c < C, other=MINUS_INF)
     token = tl.load(winners + r * C + c, mask=c < C, other=0x7FFFFFFF)
     tl.store(tokens + r, tl.min(tl.where(drawn == tl.max(drawn), token, 0x7FFFFFFF)))
@@ -421,8 +421,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
     ) -> None:
         """See `kernels.sample`."""
         R, V = logits_RV.shape
-        C, bits = triton.cdiv(V, CHUNK), max(V - 1, 1).bit_length()
-        capacity = min(CAPACITY, 1 << bits)
+        C, bits = triton.cdiv(V, CHUNK), max(LEAST_BITS, (V - 1).bit_length())
+        capacity = min(CAPACITY, triton.next_power_of_2(V))
         bests, masses = (scratch(name, torch.float64, R, C) for name in ("bests", "masses"))
         winners = scratch("winners", torch.int32, R, C)
         group_bests = scratch("group_bests", torch.float32, R, C * GROUPS)
@@ -432,9 +432,9 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         num_found, limits = scratch("num_found", torch.int32, R), scratch("limits", torch.int64, R)
         found = scratch("found", torch.int64, R, capacity)
         filters, noise = (temperature_R, top_k_R, top_p_R, min_p_R), (seeds_R, positions_R)
-        sizes = {"C": C, "CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": capacity, "BITS": bits}
-        blocks = triton.next_power_of_2(C), triton.next_power_of_2(C * GROUPS)
-        sizes |= zip(("C_BLOCK", "GROUP_BLOCK"), blocks, strict=True)
+        sizes = {"CHUNK": CHUNK, "GROUPS": GROUPS, "CAPACITY": capacity, "BITS": bits}
+        block = max(LEAST_CHUNKS, triton.next_power_of_2(C))
+        sizes |= {"C_BLOCK": block, "GROUP_BLOCK": block * GROUPS}
 
         def launch(kernel: object, args: tuple[object, ...], names: str, *, is_row: bool) -> None:
             constexprs = {name: sizes[name] for name in names.split()}
@@ -445,15 +445,15 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         args = (*args, *filters, *noise, repetition_R, frequency_R, presence_R)
         args = (*args, penalty_starts, penalty_ids, penalty_counts)
         args = (*args, bias_starts, bias_ids, bias_values, V)
-        launch(_adjust, args, "C CHUNK GROUPS", is_row=False)
+        launch(_adjust, args, "CHUNK GROUPS", is_row=False)
         args = (bounds, row_bests, row_masses, num_found, bests, masses, group_bests, *filters, V)
-        launch(_bound, args, "C GROUPS C_BLOCK GROUP_BLOCK", is_row=True)
+        launch(_bound, args, "CHUNK GROUPS C_BLOCK GROUP_BLOCK", is_row=True)
         args = (found, num_found, scores_RV, bounds, *filters, V)
         launch(_gather, args, "CHUNK CAPACITY BITS", is_row=False)
         args = (limits, found, num_found, bounds, row_bests, row_masses, scores_RV, *filters, V)
         launch(_limit, args, "CAPACITY BITS", is_row=True)
         args = (scores_RV, bests, winners, limits, row_bests, *filters, *noise, V)
-        launch(_apply, args, "C CHUNK BITS", is_row=False)
-        launch(_choose, (tokens_R, bests, winners), "C C_BLOCK", is_row=True)
+        launch(_apply, args, "CHUNK BITS", is_row=False)
+        launch(_choose, (tokens_R, bests, winners, V), "CHUNK C_BLOCK", is_row=True)
 
     return run
