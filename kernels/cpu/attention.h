@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kScratch = 1 << 16;  // floats on the stack for the groups of few tiles
+constexpr int64_t kScratch = 1 << 18;  // floats on the stack for the groups of few tiles
 constexpr int64_t kSmall = 1 << 18;    // multiplications that one thread does sooner than two have met
 
 // All tiles in order of their numbers; the later rows of a request, which see the most, come first.
