@@ -21,10 +21,16 @@ PREFILL = (
 )
 CANDIDATES = {"attn_decode": DECODE, "attn_prefill": PREFILL}
 
-# Mnemonics that the default tiles must become, of heads of 128 in bf16 and blocks of 64 tokens; nowhere a stack.
+# What the default tiles must become, in bf16; see `kernels.gpu.ahead`.
 EXPECT = {
-    "sm_80": {"attn_decode": ("HMMA", "LDGSTS"), "attn_prefill": ("HMMA", "LDGSTS")},
-    "sm_90": {"attn_decode": ("HMMA", "LDGSTS"), "attn_prefill": ("HGMMA", "UTMALDG")},
+    "sm_80": {
+        "attn_decode *bf16:16": ("HMMA", "16-byte loads"),
+        "attn_prefill *bf16:16": ("HMMA", "16-byte loads"),
+    },
+    "sm_90": {
+        "attn_decode *bf16:16": ("HMMA", "16-byte loads"),
+        "attn_prefill TMA=True": ("HGMMA", "UTMALDG"),
+    },
 }
 
 
@@ -37,6 +43,11 @@ def decode(is_fp32: bool, head_dim: int) -> Config:
     return DECODE[0]
 
 
+def of_selection(decode: Config) -> Config:
+    """Of attn_decode over a selection: the same tiles, so the same bits, with fewer in flight: addresses need registers."""
+    return Config(decode.tiles, decode.num_warps, min(decode.num_stages, 3))
+
+
 def prefill(is_fp32: bool, head_dim: int, is_hopper: bool, is_plain: bool) -> Config:
     """Of attn_prefill where nothing was tuned: the most rows a warp that need no stack.
 
@@ -45,8 +56,10 @@ def prefill(is_fp32: bool, head_dim: int, is_hopper: bool, is_plain: bool) -> Co
     if is_fp32:
         block_n = 16 if head_dim > 128 else 32
         return Config({"BLOCK_M": 64, "BLOCK_N": block_n}, num_warps=8, num_stages=1)
-    if not is_hopper or head_dim > 128:
+    if head_dim > 128:
         return PREFILL[4]
+    if not is_hopper:
+        return PREFILL[3] if is_plain else PREFILL[4]
     return PREFILL[0] if is_plain else PREFILL[2]
 
 

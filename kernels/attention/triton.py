@@ -19,6 +19,7 @@ from vivace.kernels.gpu.launcher import Config, Launcher
 from vivace.kernels.gpu.sweep import LOG2E, LOWEST, load_queries, reloaded, sweep, with_sink
 from vivace.kernels.selection import unit_tokens
 
+CANDIDATES, EXPECT = tiles.CANDIDATES, tiles.EXPECT
 MAX_HEAD_DIM = 256  # what registers and shared memory have room for
 NO_WINDOW = 2**30
 
@@ -322,7 +323,7 @@ def bind(launcher: Launcher) -> Callable[..., None]:
                 (splits, num_kv_heads, B),
                 (sums, stats, *inputs, X, splits, slots, T, *scaling),
                 cache | {"U": unit, "IS_SPARSE": is_sparse, "BLOCK_M": block_m},
-                config,
+                tiles.of_selection(config) if is_sparse else config,
             )
         has_sinks = {"HAS_SINKS": sinks_H is not None}
         sinks = q_THD if sinks_H is None else sinks_H  # a pointer that nobody follows

@@ -12,6 +12,9 @@ from vivace.kernels.linear.triton import cast
 from vivace.kernels.selection import unit_tokens
 
 CONFIG = Config(num_warps=1, num_stages=1)
+EXPECT = {
+    target: {"block_meta_update *bf16:16": ("16-byte loads",)} for target in ("sm_80", "sm_90")
+}
 
 
 @triton.jit(do_not_specialize=["G"])

@@ -16,6 +16,7 @@ from vivace.kernels.selection import unit_tokens
 CHUNK = 128  # units of a program
 TILE = 32  # of these at a time
 CONFIG = Config({"TILE": TILE}, num_warps=4, num_stages=2)
+EXPECT = {target: {"score_heads *bf16:16": ("16-byte loads",)} for target in ("sm_80", "sm_90")}
 
 
 @triton.jit

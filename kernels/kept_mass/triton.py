@@ -15,6 +15,7 @@ from vivace.kernels.selection import unit_tokens
 
 CHUNK = 1024  # positions of a program
 CONFIG = Config({"TILE": 32}, num_warps=4, num_stages=2)
+EXPECT = {target: {"weigh_chunk *bf16:16": ("16-byte loads",)} for target in ("sm_80", "sm_90")}
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def engine_of(model, bound):
     limits["max_context_tokens"] = bound.plan.max_context_tokens
     info = replace(FakeCore(Settings()).info, **limits)
     return EngineCore(
-        model.config, bound.plan, bound.runner, context=ContextRules(), info=info, clock=lambda: 0.0
+        model.config, bound.plan, bound, context=ContextRules(), info=info, clock=lambda: 0.0
     )
 
 
