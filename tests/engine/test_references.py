@@ -38,7 +38,8 @@ def num_comparable(row):
 def test_every_row_has_the_reference_tokens_and_prompt_logprobs(shared_data, name, backend):
     rows = rows_of(shared_data, name)
     directory = shared_data / "models" / name
-    llm = LLM(directory, config=Config(model=directory, backend=backend, cpu=CpuConfig(threads=1)))
+    cpu = CpuConfig(threads=1) if backend is Backend.CPU else CpuConfig()
+    llm = LLM(directory, config=Config(model=directory, backend=backend, cpu=cpu))
     prompts = [{"prompt_token_ids": row["prompt_ids"]} for row in rows]
     params = SamplingParams(temperature=0, max_tokens=64, prompt_logprobs=0)
     worst = 0.0
