@@ -233,7 +233,7 @@ OTHERS = ServeConfig(
         budget_tokens=4096,
         min_context=0,
         layers_dense=0,
-        min_kept_mass=0.5,
+        min_kept_mass=0.75,
         measure_every=7,
     ),
     models={"a": Path("x"), 'b "ü".c': Path("y z")},
