@@ -34,7 +34,6 @@ KERNELS = {  # of `vivace kernels`
     "list": "print every variant and the GPUs it is compiled for",
     "check": "compile and judge the machine code: no spills, within the chip's limits, instructions as meant",
 }
-GPU_BLOCK_TOKENS = 64  # tokens of a cache block on a GPU
 
 
 def main(command: str, argv: list[str]) -> int:
@@ -54,8 +53,9 @@ def _kernels(argv: list[str]) -> int:
         one = kinds.add_parser(kind, help=about, description=about)
         one.add_argument("model", nargs=None if kind == "build" else "?", metavar="MODEL")
         one.add_argument("--target", required=kind != "list", metavar="GPU", help="such as sm_90")
-        one.add_argument("--block-tokens", type=int, default=GPU_BLOCK_TOKENS)
-        one.add_argument("--kv-cache-dtype", default="bf16", help="as served: fp32, bf16 or int8")
+        one.add_argument("--block-tokens", type=int, help="as served (unset: 64)")
+        about = "as served: fp32, bf16 or int8 (unset: what the weights are kept in)"
+        one.add_argument("--kv-cache-dtype", help=about)
         if kind == "build":
             one.add_argument("--cache-dir", type=Path, required=True, help="what serving is told")
             one.add_argument("--device", help="use what was tuned on it, such as 'NVIDIA H200'")

@@ -75,7 +75,7 @@ class CacheConfig:
     memory_bytes: int | None = setting(
         None,
         "memory of a model's cache, such as 512MiB; unset: min(1 GiB, its share of a quarter of "
-        "the free memory), or with backend 'triton' its share of half the GPU's",
+        "the free memory), or on a GPU its share of half of that one's",
     )
     prefix_sharing: bool = setting(True, "find prompts' blocks that an earlier request computed")
     verify_hits: bool = setting(
@@ -115,7 +115,8 @@ class GpuConfig:
         },
     )
     strict_jit: bool = setting(
-        False, "make it an error, not a warning, if a kernel is compiled after the start"
+        False,
+        "make it an error, not a warning, if a kernel is compiled, or scratch grows, after the start",
     )
 
     def __post_init__(self) -> None:

@@ -411,7 +411,7 @@ def _load_ops(config: Config, plan: Plan) -> backend.Ops:
     folder = config.gpu.kernel_cache_dir
     try:
         return backend.load(config.runs_on, device=config.device, cache_dir=folder)
-    except ValueError as error:  # torch alone knows what devices there are
+    except (ImportError, ValueError) as error:  # torch alone knows what devices there are
         raise ConfigError(str(error)) from error
 
 

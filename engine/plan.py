@@ -64,7 +64,7 @@ class Plan:
 def read_machine(device: str = "cpu") -> Machine:
     """CPUs by affinity and cgroup quota; memory that is free, by the kernel and by the cgroup, or that of the GPU.
 
-    Raises ConfigError if there is no such GPU.
+    Raises ConfigError if there is no such GPU, or no torch to ask it.
     """
     cpus = len(os.sched_getaffinity(0))
     quotas = [_words(group / "cpu.max") for group in _cgroups("")]
@@ -83,7 +83,7 @@ def read_machine(device: str = "cpu") -> Machine:
         return Machine(num_cpus=cpus, free_bytes=free)
     try:
         return Machine(num_cpus=cpus, free_bytes=free_bytes(device), is_gpu=True)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -142,7 +142,8 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     if needed > machine.free_bytes:
         raise ConfigError(
             f"not enough memory: weights {mib(all_weight_bytes)}, KV cache {mib(kv_bytes)} and working "
-            f"memory {mib(work_bytes)} need {mib(needed)}, {mib(machine.free_bytes)} is free"
+            f"memory {mib(work_bytes)} need {mib(needed)}, {mib(machine.free_bytes)} is free; "
+            "cache.memory_bytes says what the cache takes"
         )
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:

@@ -20,7 +20,8 @@ def share(configs: Mapping[str, Config], machine: Machine) -> dict[str, Config]:
     """
     if len(configs) <= 1:
         return dict(configs)
-    part = Machine(
+    part = replace(
+        machine,
         num_cpus=max(1, machine.num_cpus // len(configs)),
         free_bytes=machine.free_bytes // len(configs),
     )

@@ -80,7 +80,8 @@ def ladder(most: int) -> list[int]:
 
 
 def _steps(most: Sizes, context: int) -> Iterator[Sequence[int]]:
-    """Tokens of each request: all decode, some compute prompts, or one does while the others decode."""
+    """Tokens of each request: all decode, some compute prompts, or one does while the others decode; last, all that can run
+    share the tokens of the largest step, which takes the most scratch."""
     for num_requests in ladder(most[Symbol.B]):
         yield [1] * num_requests
         num_left = min(most[Symbol.T] - num_requests + 1, context, CHUNK)
@@ -88,6 +89,8 @@ def _steps(most: Sizes, context: int) -> Iterator[Sequence[int]]:
     for num_tokens in ladder(min(most[Symbol.T], most[Symbol.B] * context)):
         whole, rest = divmod(num_tokens, context)
         yield [context] * whole + [rest] * (rest > 0)
+    each, rest = divmod(min(most[Symbol.T], most[Symbol.B] * context), most[Symbol.B])
+    yield [each + 1] * rest + [each] * (most[Symbol.B] - rest)
 
 
 def step_inputs(query_lens: Sequence[int], columns: int, num_rows: int) -> dict[str, Array]:

@@ -10,8 +10,9 @@ from vivace.engine.config import CacheConfig, KvDType, SchedulerConfig
 from vivace.engine.core import EngineCore
 from vivace.engine.events import EngineRequest, Pooling, Sampling
 from vivace.engine.gpu_kernels import check, compiled, listed, read_models, shipped
+from vivace.engine.models.program import Symbol
 from vivace.engine.scheduler import ContextRules
-from vivace.engine.warm_up import warm_up
+from vivace.engine.warm_up import step_inputs, warm_up
 from vivace.kernels.backend import bind_triton
 from vivace.kernels.gpu import ahead
 from vivace.kernels.gpu.target import TARGETS
@@ -96,6 +97,25 @@ def test_traffic_meets_no_variant_that_the_dry_run_did_not(name):
             core.step(0.0)
         assert core.loads().num_requests_finished == 120
         assert set(launcher.watch.variants) - known == set()
+
+
+@pytest.mark.parametrize(("tokens", "running"), [(8192, 256), (700, 50), (130, 64)])
+def test_no_step_needs_more_scratch_than_the_dry_run(tokens, running):
+    """The fullest: all run, each with a chunk, or one with all that the others leave, in the longest context."""
+    [model] = read_models("llama-3.2-1b", CACHE)
+    steps = SchedulerConfig(max_step_tokens=tokens, max_running=running)
+    model = replace(model, config=replace(model.config, scheduler=steps))
+    with ahead.listing("sm_90") as launcher:
+        bound = model.bind(bind_triton(launcher))
+        warm_up(bound)
+        launcher.watch.seal(strict=True)
+        most, (each, rest) = bound.plan.most, divmod(tokens, running)
+        for query_lens in (
+            [each + 1] * rest + [each] * (running - rest),
+            [1] * (running - 1) + [tokens - running + 1],
+            [tokens],
+        ):
+            bound.runner.step(step_inputs(query_lens, most[Symbol.X], running))
 
 
 def test_check_says_what_is_wrong(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.architectures import MODELS
 from tests.tiny_models import make_checkpoint
-from vivace.engine import plan
+from vivace.engine import gpu_kernels, plan
 from vivace.engine.cli import main
 from vivace.engine.errors import ArtifactError, ConfigError
 
@@ -152,17 +152,30 @@ def test_kernels_of_what_is_not_there_are_refused(words, message):
         main("kernels", words)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_are_for_the_cache_that_serving_has_unless_told(tmp_path, monkeypatch, dtype):
+    asked = []
+    monkeypatch.setattr(gpu_kernels, "show", lambda models, targets: asked.extend(models) or 0)
+    checkpoint_of(tmp_path / "qwen3", "qwen3")
+    path = tmp_path / "qwen3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": dtype}))
+    for words in ([], ["--kv-cache-dtype", "int8", "--block-tokens", "16"]):
+        assert main("kernels", ["list", str(path.parent), *words]) == 0
+    got = [(one.kv_dtype.value, plan.block_tokens_of(one.config)) for one in asked]
+    assert got == [("bf16" if dtype == "bfloat16" else "fp32", 64), ("int8", 16)]
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
-sys.argv = ["vivace", "kernels", "list"]
 from vivace.__main__ import main
 sys.exit(main())
 """
 
 
-def test_kernels_without_triton_say_what_to_install():
-    words = [sys.executable, "-c", WITHOUT_TRITON]
+@pytest.mark.parametrize("command", ["kernels list", "config --device cuda"])
+def test_what_needs_triton_says_what_to_install(command):
+    words = [sys.executable, "-c", WITHOUT_TRITON, *command.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"vivace: error: .*triton.*; install vivace\[gpu\]", done.stderr.strip())

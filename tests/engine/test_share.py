@@ -35,6 +35,13 @@ def test_engines_side_by_side_take_no_more_together_than_one_alone_would(model):
     assert 0.99 * alone.kv_bytes < total <= alone.kv_bytes
 
 
+def test_on_a_gpu_each_cache_is_its_part_of_half_the_memory(model):
+    gpu = Machine(num_cpus=2, free_bytes=60 << 30, is_gpu=True)
+    shared = share(several(model, device="cuda"), gpu)
+    assert [config.cache.memory_bytes for config in shared.values()] == [10 << 30] * 3
+    assert [config.cpu for config in shared.values()] == [CpuConfig()] * 3
+
+
 def test_an_engine_has_a_thread_where_there_are_fewer_cpus_than_engines(model):
     shared = share(several(model), replace(MACHINE, num_cpus=2))
     assert [config.cpu.threads for config in shared.values()] == [1, 1, 1]

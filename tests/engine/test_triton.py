@@ -5,9 +5,14 @@ import pytest
 from tests.architectures import MODELS
 from tests.tiny_models import make_checkpoint
 from vivace import LLM, SamplingParams
+from vivace.engine import core
 from vivace.engine.config import CacheConfig, Config, GpuConfig, SchedulerConfig, SparseConfig
 from vivace.engine.errors import ConfigError
+from vivace.engine.events import EngineRequest, Sampling
+from vivace.engine.plan import Machine
+from vivace.kernels import backend
 from vivace.kernels.backend import Backend
+from vivace.kernels.compilation import CompiledAfterReady
 
 pytestmark = pytest.mark.triton
 
@@ -28,6 +33,7 @@ REQUESTS = (  # the first decodes sparsely; the last finds the prefix that it ha
         SamplingParams(max_tokens=9, temperature=0.0, repetition_penalty=1.3, ignore_eos=True),
     ),
 )
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0, 4, 0, (), None, None)
 NAMES = ("llama-gqa-2", "qwen3-moe", "gemma2")
 
 
@@ -74,8 +80,24 @@ def test_without_a_gpu_or_the_interpreter_it_is_refused_in_words(tmp_path):
         LLM(directory, config=Config(model=directory, device="cuda"))
 
 
-def test_settings_of_the_gpu_reach_the_launcher(tmp_path):
-    directory = make_checkpoint(tmp_path / "m")
-    config = Config(model=directory, backend=Backend.TRITON, gpu=GpuConfig(strict_jit=True))
-    info = LLM(directory, config=config).core.info
-    assert (info.backend, info.block_tokens, info.kv_dtype) == ("triton", 64, "fp32")
+def test_an_engine_on_a_gpu_warms_up_then_refuses_to_compile_as_it_is_set(tmp_path, monkeypatch):
+    """A GPU that is interpreted; what its ops are bound with is asked of the engine, what it compiles late is refused."""
+    directory, warmed = make_checkpoint(tmp_path / "m"), []
+    load_real = backend.load
+
+    def load_ops(kind, *, device, cache_dir):
+        assert (kind, device, cache_dir) == (Backend.TRITON, "cuda:1", tmp_path)
+        return load_real(kind, device="cpu")
+
+    gpu = GpuConfig(strict_jit=True, kernel_cache_dir=tmp_path)
+    monkeypatch.setattr(core, "read_machine", lambda device: Machine(1, 1 << 30, is_gpu=True))
+    monkeypatch.setattr(core, "warm_up", warmed.append)
+    monkeypatch.setattr(backend, "load", load_ops)
+    engine = core.load(Config(model=directory, device="cuda:1", gpu=gpu), lambda *of: None)
+    info = engine.info
+    assert (info.backend, info.device, info.block_tokens) == ("triton", "cuda:1", 64)
+    assert info.kv_dtype == "fp32" and len(warmed) == 1
+    engine.add(EngineRequest("a", (1, 2, 3), GREEDY), 0.0)
+    with pytest.raises(CompiledAfterReady, match="a GPU would have to compile"):
+        engine.step(0.0)
+    assert engine.loads().num_compiled_after_ready == 1

@@ -30,7 +30,7 @@ GRPCURL = re.compile(r"^grpcurl -plaintext -d '(.*)' 127\.0\.0\.1:50051 (\S+)/(\
 LINK = re.compile(r"\]\(([^)#]+)\)")
 FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
 CAPITALS = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
-SETTING = re.compile(r"\b((?:server|scheduler|cache|cpu)\.[a-z_]+)\b")
+SETTING = re.compile(r"\b((?:server|scheduler|cache|cpu|gpu|sparse|weights)\.[a-z_]+)\b")
 
 # In backticks, and no field of the API: values, roles, and words of other pages' APIs.
 WORDS = {"true", "false", "stop", "length", "system", "developer", "max_retries"}
