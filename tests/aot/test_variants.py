@@ -8,7 +8,7 @@ import pytest
 from tests.engine.fake_engine import FakeCore, Settings
 from vivace.engine.config import CacheConfig, KvDType, SchedulerConfig
 from vivace.engine.core import EngineCore
-from vivace.engine.events import EngineRequest, Pooling, Sampling
+from vivace.engine.events import EngineRequest, Pooling, Sampling, Sparse
 from vivace.engine.gpu_kernels import check, compiled, listed, read_models, shipped
 from vivace.engine.scheduler import ContextRules
 from vivace.engine.warm_up import warm_up
@@ -60,6 +60,7 @@ def sampling_of(rng):
         prompt_logprobs=rng.choice((None, None, None, 3)),
         frequency_penalty=rng.choice((0.0, 0.5)),
         logit_bias=rng.choice(((), ((3, 1.0), (17, -1.0)))),
+        sparse=rng.choice((None, Sparse(budget_tokens=128, min_context=0, layers_dense=0))),
     )
 
 
@@ -73,6 +74,7 @@ def engine_of(model, bound):
     )
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # made-up masses: 0 of 0 rows
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-30b-a3b"])
 def test_traffic_meets_no_variant_that_the_dry_run_did_not(name):
     [model] = read_models(name, CACHE)
@@ -95,6 +97,7 @@ def test_traffic_meets_no_variant_that_the_dry_run_did_not(name):
         while core.has_work:
             core.step(0.0)
         assert core.loads().num_requests_finished == 120
+        assert core._sparse.num_tokens > 0 and core._sparse.num_measured > 0
         assert set(launcher.watch.variants) - known == set()
 
 
