@@ -229,19 +229,9 @@ def _bound(
         tl.store(row_masses + r, mass)
         if (k == 0) | (k >= V):  # the best of the groups alone weigh enough
             wanted = p.to(tl.float64) * mass * (1 + 1e-12)
+            weights = mass_of(heads, best)
             heavy = crossing(
-                orders,
-                mass_of(heads, best),
-                V,
-                lowest,
-                top,
-                wanted,
-                best,
-                True,
-                True,
-                0,
-                C_BLOCK,
-                NEAR,
+                orders, weights, V, lowest, top, wanted, best, True, True, 0, C_BLOCK, NEAR
             )
             low = tl.maximum(low, heavy)
     tl.store(bounds + r, score_of(low))
