@@ -25,9 +25,6 @@ from vivace.kernels.compilation import Variant
 from vivace.kernels.gpu import ahead
 
 SHIPPED = Path(__file__).with_name("models") / "shipped.toml"
-MAX_SHIPPED = (
-    64  # variants of all shipped models on one target: what is compiled must be a closed list
-)
 LARGE_STEPS = SchedulerConfig(max_step_tokens=8192, max_running=256)  # as large as anybody's
 Judgement = dict[Variant, list[str]]
 KV_BYTES = 1 << 40  # of the dry run's cache, which has no memory

@@ -5,8 +5,9 @@ in the cache already; the row at position p attends to positions 0..p, or max(0,
 What lies left of the window of a request's first row is not read: neither its block numbers nor the cache.
 Query head h reads KV head h // (H / G). Position p lies in block block_tables[b, p // S] at offset p % S.
 A softcap c > 0 makes c * tanh(s / c) of a scaled score s. A sink is one more logit of a head, which joins the softmax
-and has no value (GPT-OSS; arXiv:2309.17453). Softmax in fp32, added up over splits of 256 positions counted from
-position 0, so a row's result depends on nothing but its own context. Rows past query_starts[B] become 0.
+and has no value (GPT-OSS; arXiv:2309.17453). Softmax in fp32, added up over splits or tiles of a fixed size (on the CPU
+SPLIT_TOKENS) counted from position 0, so a row's result depends on nothing but its own context. Rows past
+query_starts[B] become 0.
 
 With a selection (kernels.selection), the query heads of KV head g of request b attend to the first num_selected[b, g] units of
 selected[b, g] alone, as if their tokens lay side by side: splits are counted from the first of these. -1 is all of the context.

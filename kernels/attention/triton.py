@@ -315,7 +315,8 @@ def bind(launcher: Launcher) -> Callable[..., None]:
         stats = launcher.scratch("attention stats", (slots, H, splits, 2), torch.float32)
         has_selection = selected_BGXZ is not None
         unit = unit_tokens(S) if has_selection else 0
-        selection = (num_selected_BG, selected_BGXZ) if has_selection else requests  # if unit
+        # without one, pointers that nobody follows
+        selection = (num_selected_BG, selected_BGXZ) if has_selection else requests
         inputs = (q_THD, kv_cache, block_tables_BX, *requests, *selection)
         for is_sparse in (False, True) if has_selection else (False,):
             launcher.launch(

@@ -70,7 +70,11 @@ def meant(module: str, variant: Variant, target: str) -> list[str]:
     An entry is of the variants that have all its words: kernel, constexprs such as `BLOCK_M=128`, types such as `*bf16:16`.
     """
     expected: Expected = getattr(sys.modules[module], "EXPECT", {})
-    constexprs = (f"{name}={value}" for name, value in variant.constexprs)
-    has = {variant.kernel, *constexprs, *variant.arguments}
     entries = expected.get(target, {}).items()
-    return [name for words, names in entries if has.issuperset(words.split()) for name in names]
+    return [name for words, names in entries if has_words(variant, words) for name in names]
+
+
+def has_words(variant: Variant, words: str) -> bool:
+    """Whether an entry of EXPECT is of this variant."""
+    constexprs = (f"{name}={value}" for name, value in variant.constexprs)
+    return {variant.kernel, *constexprs, *variant.arguments}.issuperset(words.split())

@@ -56,7 +56,7 @@ def at_least(
 ):
     """How many keys are not under one, or their mass, in fp64. FEW: of keys and weights in registers; or of a row of scores."""
     if FEW:
-        total = tl.where(keys >= least, weights, 0.0)
+        total = tl.where(keys >= least, weights, tl.zeros_like(weights))
     else:
         total = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, V, BLOCK):
@@ -65,7 +65,7 @@ def at_least(
             is_in = (key_of(x, tokens, BITS) >= least) & (x > MINUS_INF)
             if tl.max(is_in.to(tl.int32)) > 0:
                 total += tl.where(is_in, mass_of(x, best) if MASS else 1.0, 0.0)
-    return tl.sum(total)
+    return tl.sum(total).to(tl.float64)
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def widen(x, UPCAST: tl.constexpr):
 def _linear(
     out,  # fp32 [T, N]
     x,  # fp32 [T, K]
-    weight,  # fp32, bf16 or fp16 [N, K]
+    weight,  # fp32 or bf16 [N, K]
     bias,  # fp32 [N]; not read without HAS_BIAS
     T,
     N,

@@ -72,6 +72,8 @@ def _write(
         high = tl.max(tl.where(d < D, x, -float("inf")), axis=1)[:, None]
         scale = tl.where(high >= -low, high, low) * (-1.0 / 128)
         scale = tl.where(scale == 0, 1.0, scale)
+        is_nan = ((x != x) & (d < D)).to(tl.int32)  # minimum and maximum pass it over
+        scale = tl.where(tl.max(is_nan, axis=1)[:, None] > 0, float("nan"), scale)
         q = x * tl.div_rn(1.0, scale)
         q = tl.where(q > 127.0, 127.0, tl.where(q < -128.0, -128.0, q))
         q = tl.where(q == q, q, 0.0)

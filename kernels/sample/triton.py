@@ -8,10 +8,10 @@ apply    (R, chunks)  drops the others and draws. 4 bytes a token read, 4 writte
 choose   (R)          the best draw of the chunks.
 
 A row without filters leaves bound, gather, limit and apply at once. Bound by launches at R = 1; beyond, by 20 bytes a token
-and, for noise and masses in fp64, by flops: a GPU of few fp64 units is slower. Sums have one order and bisection needs no
-other, so a row does not depend on its batch. Where more than CAPACITY tokens come into question (flat rows under top-p, a
-top-k beyond the number of groups) one program bisects the row itself, as exactly, in about fifty passes over it. A list of
-penalties or biases is read by every chunk of its row.
+and, for noise and masses in fp64, by flops: a GPU of few fp64 units is slower. Sums have one order, or, of what was gathered in
+any, are of whole numbers, and bisection needs none, so a row does not depend on its batch. Where more than CAPACITY tokens come
+into question (flat rows under top-p, a top-k beyond the number of groups) one program bisects the row itself, as exactly, in
+about fifty passes over it. A list of penalties or biases is read by every chunk of its row.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,7 @@ from vivace.kernels.logprobs.triton import LEAST_BITS, LEAST_CHUNKS
 CHUNK = 1024
 GROUPS = 16  # of a chunk
 CAPACITY = 4096
+UNITS = tl.constexpr(1 << 50)  # that the best token of a row weighs: CAPACITY of them fit int64
 NEAR = tl.constexpr(1 << 12)  # of the places of a score among all fp32: a bound need not be exact
 CHUNKS = Config()
 ROWS = Config(num_warps=16)
@@ -228,19 +229,9 @@ def _bound(
         tl.store(row_masses + r, mass)
         if (k == 0) | (k >= V):  # the best of the groups alone weigh enough
             wanted = p.to(tl.float64) * mass * (1 + 1e-12)
+            weights = mass_of(heads, best)
             heavy = crossing(
-                orders,
-                mass_of(heads, best),
-                V,
-                lowest,
-                top,
-                wanted,
-                best,
-                True,
-                True,
-                0,
-                C_BLOCK,
-                NEAR,
+                orders, weights, V, lowest, top, wanted, best, True, True, 0, C_BLOCK, NEAR
             )
             low = tl.maximum(low, heavy)
     tl.store(bounds + r, score_of(low))
@@ -292,7 +283,7 @@ def _least_kept(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The key of the last token that top-k and top-p keep. `mass` is that of the row."""
+    """The key of the last token that top-k and top-p keep. `mass` is that of the row, counted as `masses` are."""
     low = order_of(bound) << BITS
     high = (order_of(best.to(tl.float32)) << BITS) + (1 << BITS) - 1
     if (k > 0) & (k < V):
@@ -336,8 +327,10 @@ def _limit(
     else:
         i = tl.arange(0, CAPACITY)
         keys = tl.load(found + r * CAPACITY + i, mask=i < count, other=LOWEST)
-        ones = tl.where(i < count, 1.0, 0.0).to(tl.float64)
-        masses = tl.where(i < count, mass_of(score_of(keys >> BITS), best), 0.0)
+        ones = (i < count).to(tl.int64)
+        masses = mass_of(score_of(keys >> BITS), best) * UNITS + 0.5
+        masses = tl.where(i < count, masses, 0.0).to(tl.int64)
+        mass *= UNITS
         limit = _least_kept(keys, ones, masses, V, k, p, mass, bound, best, True, BITS, CAPACITY)
     tl.store(limits + r, limit)
 

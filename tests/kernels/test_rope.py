@@ -196,6 +196,21 @@ def as_held(x, dtype):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", (DType.BF16, DType.INT8))
+def test_a_head_with_a_number_that_is_none_is_not_made_whole(backend, dtype):
+    """Of int8 all of the head is lost, of bf16 the number; no other head is."""
+    ops, slots = ops_of(backend), np.int32([3, 7])
+    cache = ops.memory.kv_cache(1, S, 2, 6, dtype)
+    qkv = np.ones((2, 3, 2, 6), np.float32)
+    qkv[1, 1:, 1, 4] = np.nan
+    run(ops, "rope_kv_write", [out(ops, 2, 2, 6), cache], qkv.reshape(2, -1),
+        np.zeros((2, 0), np.float32), slots, num_kv_heads=2, eps=0.0)  # fmt: skip
+    lost = np.isnan(qkv[:, 1]) if dtype is DType.BF16 else np.isnan(qkv[:, 1]).any(2, keepdims=True)
+    for held in read(ops, cache, slots, 2, 6):
+        assert np.array_equal(np.isnan(held), np.broadcast_to(lost, held.shape))
+
+
+@each_backend
 def test_a_cache_of_another_type_is_refused(backend):
     ops = ops_of(backend)
     outs = [out(ops, 1, 2, 4), out(ops, 1, 2, 4)]

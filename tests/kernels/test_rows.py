@@ -198,9 +198,7 @@ def test_no_row_depends_on_its_neighbours_or_the_threads(threads, op, outs, ins,
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("op", "outs", "ins", "attrs"), [c for c in CALLS if c[0] != "moe_combine"]
-)
+@pytest.mark.parametrize(("op", "outs", "ins", "attrs"), CALLS)
 def test_no_row_depends_on_its_neighbours_in_triton(op, outs, ins, attrs):
     """Bitwise. Projections of whole numbers, in fp32 and bf16: NumPy's products, which the interpreter takes, are not."""
     rng, T = np.random.default_rng(0), 70
@@ -230,6 +228,16 @@ def test_no_token_depends_on_where_the_others_go(threads, scoring, renormalize):
         inputs = [x, experts, normal(rng, E, 33, 45), normal(rng, E, 33)]
         rows = (True, True, False, False)
         compare_slices(of_cpu(threads), "expert_linear", [(K, 33)], inputs, rows, {})
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("scoring", ("softmax", "sigmoid"))
+def test_no_token_s_experts_depend_on_its_neighbours_in_triton(scoring):
+    rng = np.random.default_rng(0)
+    inputs = [normal(rng, 70, 12), None, normal(rng, 12)]
+    attrs = {"scoring": scoring, "renormalize": True, "num_groups": 4, "top_groups": 2}
+    both, outs = [ops_of(Backend.TRITON)] * 2, [(3,), (3, np.int32)]
+    compare_slices(both, "moe_route", outs, inputs, (True, False, False), attrs)
 
 
 def of_cpu(threads):

@@ -12,6 +12,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from tests.kernels.arrays import BACKENDS, EVERYWHERE, ISAS, TRITON, close, ops_of, out, run
 from vivace.kernels.backend import Backend
+from vivace.kernels.gpu.launcher import Config, Launcher
+from vivace.kernels.sample import triton as kernels
 
 each_backend = pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
 MASK = 2**64 - 1
@@ -397,6 +399,36 @@ def test_neighbours_change_no_draw_in_triton():
         alone = {name: values[r] for name, values in columns.items()}
         got, same = sample(ops, logits[r], seeds=7, **alone)
         assert got[0] == want[r] and np.array_equal(same[0], scores[r])
+
+
+@pytest.mark.triton
+def test_the_order_in_which_candidates_were_gathered_changes_no_limit():
+    """Where a run of the best weighs just what top-p asks for, give or take what fp64 rounds."""
+    rng, launcher = np.random.default_rng(9), Launcher("cpu")
+    best_first = -np.sort(rng.exponential(2, 64).astype(np.float32))[None]
+    best_first[0, 0] = 0
+    whole = torch.from_numpy(best_first)
+    sums = np.exp(best_first[0].astype(np.float64)).cumsum()
+    keys = [(int(order) << 18) + (1 << 18) - 1 - v for v, order in enumerate(orders_of(whole[0]))]
+    for num_kept in range(32, 64, 3):
+        found = set()
+        for _ in range(4):
+            limit = torch.zeros(1, dtype=torch.int64)
+            gathered = torch.tensor(rng.permutation(keys))[None]
+            fp32 = [torch.tensor([x]) for x in (-100.0, 1.0, 0.5, 0.0)]
+            bound, temperature, top_p, min_p = fp32
+            masses = [torch.tensor([x], dtype=torch.float64) for x in (0, 2 * sums[num_kept - 1])]
+            ints = [torch.tensor([x], dtype=torch.int32) for x in (64, 0)]
+            args = (limit, gathered, ints[0], bound, *masses, whole, temperature, ints[1], top_p, min_p, 64)  # fmt: skip
+            launcher.launch(kernels._limit, (1,), args, {"CAPACITY": 64, "BITS": 18}, Config())
+            found.add(int(limit))
+        assert len(found) == 1 and found <= {keys[num_kept - 1], keys[num_kept]}
+
+
+def orders_of(scores):
+    """Whole numbers that compare as these do, all under 0 but the first."""
+    bits = scores.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).tolist()
 
 
 @pytest.mark.triton

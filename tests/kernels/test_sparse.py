@@ -193,6 +193,50 @@ def test_below_its_budget_or_in_a_dense_layer_a_request_has_the_bits_of_dense_at
 
 
 @each_backend
+@each_dtype
+def test_what_was_known_of_a_block_is_not_believed_of_its_next_use(backend, dtype):
+    """A request in the blocks of a longer one: its last unit is not full, and what is known of that place is the other's."""
+    ops = ops_of(backend)
+    fresh = Sparse(ops, (155,), (8,), dtype=dtype)
+    used = Sparse(ops, (176,), (8,), seed=1, dtype=dtype)
+    position, count = np.arange(155), 155 // 16
+    used.lengths = used.paged.lengths = fresh.lengths
+    used.lens = fresh.lens
+    slots = used.tables[0, position // 16] * 16 + position % 16
+    used.paged.write(fresh.paged.k[0], fresh.paged.v[0], slots)
+    units = used.places(0, count).astype(np.int32)
+    run(ops, "block_meta_update", [used.meta, used.paged.cache], units, block_tokens=16)
+    stale = widened(ops.memory.read(used.meta))[used.places(0, 11)[count:]]
+    assert np.isfinite(stale).all()
+    q = queries(1, 4, 16)
+    scores, want = used.score(q), fresh.score(q)
+    assert np.array_equal(scores[:, :, :11], want) and (scores[:, :, count:] == -np.inf).all()
+    assert np.array_equal(used.step(q), fresh.step(q))
+
+
+@each_backend
+def test_rows_of_nobody_are_zero_beside_a_selection(backend):
+    sparse = Sparse(ops_of(backend), (200, 40), (8, 0))
+    q = queries(5, 4, 16)
+    selection = sparse.choose(sparse.score(q))
+    assert selection[1].tolist() == [[8, 8], [-1, -1]]
+    got = sparse.attend(q, selection)
+    assert np.array_equal(got[:2], sparse.attend(q[:2], selection)) and (got[2:] == 0).all()
+
+
+@each_backend
+def test_requests_may_share_blocks_and_select_from_them(backend):
+    sparse = Sparse(ops_of(backend), (200, 200), (8, 8))
+    sparse.tables[1] = sparse.tables[0]
+    q = queries(1, 4, 16)
+    both = np.concatenate((q, q))
+    scores, got = sparse.score(both), sparse.step(both)
+    assert np.array_equal(scores[0], scores[1]) and np.array_equal(got[0], got[1])
+    alone = Sparse(ops_of(backend), (200,), (8,))
+    close(scores[0, :, :12, 0], alone.want_scores(q, 0), 5e-6)
+
+
+@each_backend
 def test_a_row_in_a_batch_is_the_row_alone(backend):
     lengths, budgets = (300, 500, 200), (9, 11, 0)
     together = Sparse(ops_of(backend, 2), lengths, budgets, D=64)
