@@ -75,7 +75,7 @@ class CacheConfig:
     memory_bytes: int | None = setting(
         None,
         "memory of a model's cache, such as 512MiB; unset: min(1 GiB, its share of a quarter of "
-        "the free memory), or on a GPU its share of half of that one's",
+        "the free memory), or on a GPU half of what the weights leave",
     )
     prefix_sharing: bool = setting(True, "find prompts' blocks that an earlier request computed")
     verify_hits: bool = setting(

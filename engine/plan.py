@@ -137,7 +137,7 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     block_bytes = kv_token_bytes(program) * block_tokens + meta_bytes(program, block_tokens)
     kv_bytes = config.cache.memory_bytes
     if kv_bytes is None:
-        kv_bytes = default_kv_bytes(machine)
+        kv_bytes = default_kv_bytes(machine, taken=all_weight_bytes + work_bytes)
     needed = all_weight_bytes + work_bytes + kv_bytes
     if needed > machine.free_bytes:
         raise ConfigError(
@@ -168,10 +168,10 @@ def make_plan(config: Config, spec: ModelSpec, program: Program, machine: Machin
     )
 
 
-def default_kv_bytes(machine: Machine) -> int:
-    """Of the cache, where no setting says it."""
+def default_kv_bytes(machine: Machine, taken: int = 0) -> int:
+    """Of the cache, where no setting says it: on a GPU, half of what is left beside what is taken, for kernels need scratch."""
     if machine.is_gpu:
-        return machine.free_bytes // 2
+        return max(0, machine.free_bytes - taken) // 2
     return min(MAX_DEFAULT_KV_BYTES, machine.free_bytes // 4)
 
 

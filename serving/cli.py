@@ -1,8 +1,10 @@
 """`vivace serve`, `generate`, `chat`. Parses words, prints text; decides nothing else."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, TextIO
 from vivace.engine.errors import ArtifactError, ConfigError, EngineError, InvalidRequest
 
 TARGET = "127.0.0.1:50051"
+INTERRUPT_CHECK_S = 0.02  # as long as a reply may go on after Ctrl-C
 # What a chat, which shows the text of one reply, has no use for.
 NO_CHAT = ("n", "best_of", "echo", "logprobs", "prompt_logprobs", "prompt_logprobs_start")
 
@@ -214,13 +217,36 @@ def _reply(client: Any, messages: list[dict[str, str]], params: dict[str, Any]) 
     with _refusals():
         stream = client.chat(messages, **params)
         try:
-            _show((event.text for event in stream), shown)
-        except KeyboardInterrupt:
-            stream.close()
-            print(" [cancelled]", end="")
+            with _on_interrupt(stream.close) as interrupted:
+                _show((event.text for event in stream), shown)
+            if interrupted.is_set():
+                print(" [cancelled]", end="")
         finally:
             print(flush=True)
     return "".join(shown)
+
+
+@contextmanager
+def _on_interrupt(act: Callable[[], None]) -> Iterator[threading.Event]:
+    """Ctrl-C runs `act` in a thread of its own and raises nothing: an exception in the midst of a lock of gRPC's would leave it
+    as it was. The event says whether there was one."""
+    interrupted, is_over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(INTERRUPT_CHECK_S):
+            if interrupted.is_set():
+                act()
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        is_over.set()
+        watcher.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def _show(texts: Iterable[str], shown: list[str]) -> None:
