@@ -1,7 +1,7 @@
 """y = x W^T + bias: every projection of a model.
 
-T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is; the bias comes last. In Triton on tensor
-cores that holds within a bucket of T (its header has them): two kinds of instructions may add the products of one in another order.
+T tokens, N outputs, K inputs. Each output element has one order of additions, whatever T is; the bias comes last. In Triton on
+tensor cores that holds within a bucket of T (its header has them): two kinds of instructions may add in two orders.
 A weight of bf16 is one of fp32 whose last 16 bits are 0. Where the hardware multiplies bf16 (Triton), x is rounded to it first.
 """
 
