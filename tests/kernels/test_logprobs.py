@@ -72,3 +72,20 @@ def test_rows_of_nan_give_ids_of_the_vocabulary(backend):
     ]
     _, _, ids, _ = run(ops, "logprobs", outs, logits, np.int32([0, 1]))
     assert ((ids >= 0) & (ids < 8)).all()
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE, ids=lambda one: one.value)
+def test_a_row_in_a_batch_is_the_row_alone(backend):
+    rng, ops = np.random.default_rng(3), ops_of(backend)
+    logits = rng.standard_normal((3, 40)).astype(np.float32)
+    tokens = rng.integers(0, 40, 3).astype(np.int32)
+
+    def of(part):
+        R = len(tokens[part])
+        ints, floats = (out(ops, R, dtype=np.int32), out(ops, R, 4, dtype=np.int32)), out(ops, R, 4)
+        return run(ops, "logprobs", [out(ops, R), *ints, floats], logits[part], tokens[part])
+
+    whole = of(slice(0, 3))
+    for r in range(3):
+        alone = of(slice(r, r + 1))
+        assert all(np.array_equal(a[0], b[r]) for a, b in zip(alone, whole, strict=True))

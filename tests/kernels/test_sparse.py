@@ -255,6 +255,24 @@ def test_a_row_in_a_batch_is_the_row_alone(backend):
 
 
 @each_backend
+def test_the_kept_mass_of_a_request_is_its_own(backend):
+    """Bitwise, beside others and beside one that has no row and no context."""
+    lengths, budgets = (145, 0, 160), (8, 8, 9)
+    together = Sparse(ops_of(backend, 2), lengths, budgets)
+    q = queries(3, 2, 16)
+    whole = together.keep(q, together.choose(together.score(q)), (1, 0, 1))
+    assert whole[1].tolist() == [0, 0] and (whole[[0, 2], 1] == 1).all()
+    for b in (0, 2):
+        alone = Sparse(ops_of(backend), lengths, budgets)
+        part = slice(b, b + 1)
+        alone.lengths, alone.lens = lengths[part], np.int32(lengths[part])
+        alone.budgets, alone.dense_layers = np.int32(budgets[part]), np.int32([0])
+        alone.tables, alone.starts = alone.tables[part], np.int32([0, 1])
+        selection = alone.choose(alone.score(q[part]))
+        assert np.array_equal(alone.keep(q[part], selection, (1,)), whole[part])
+
+
+@each_backend
 def test_a_step_without_requests_does_nothing(backend):
     sparse = Sparse(ops_of(backend), (), ())
     q = queries(0, 4, 16)
