@@ -85,11 +85,14 @@ def say(text: str, out: TextIO) -> bool:
 
 
 def _has_room(out: TextIO) -> bool:
-    """Whether a piece can be written without waiting for somebody to read; of what is no file of the system's, always."""
+    """Whether a piece can be written without waiting for somebody to read; of what is no file of the system's, always.
+
+    Of a pipe that nobody reads any more, never: what Python keeps of a failed write would fail again when the process ends.
+    """
     try:
         number = out.fileno()
     except UnsupportedOperation:
         return True
     looked = select.poll()  # unlike `select.select`, of files with any number
     looked.register(number, select.POLLOUT)
-    return bool(looked.poll(0))
+    return any(events == select.POLLOUT for _, events in looked.poll(0))
