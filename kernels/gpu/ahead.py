@@ -43,6 +43,7 @@ def knobs_kept() -> Iterator[None]:
         triton.knobs.cache.scope(),
         triton.knobs.runtime.scope(),
         triton.knobs.compilation.scope(),
+        triton.knobs.amd.scope(),
     ):
         try:
             yield
