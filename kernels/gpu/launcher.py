@@ -65,7 +65,8 @@ class Launcher:
         if not self.is_interpreted:
             compiled_for = triton.runtime.driver.active.get_current_target()
             self.has_tma = compiled_for.backend == "cuda" and compiled_for.arch >= 90
-            if compiled_for.backend == "hip":  # else a tensor's size, under 2 GiB or over, is one more variant
+            if compiled_for.backend == "hip":
+                # Else a tensor's size, under 2 GiB or over, makes one more variant.
                 triton.knobs.amd.use_buffer_ops = False
             if cache_dir is not None:
                 cache.use(cache_dir, compiled_for)
